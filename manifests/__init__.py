@@ -1,0 +1,20 @@
+"""The record: what was asked for, what exists, what may be trusted.
+
+Works without a GPU and without open_clip, taming or timm. For others to use:
+
+- `RunDir`: a run directory (local or any fsspec URL): read and write ``run.json``, parts and the sealed manifest; find damage.
+- `Store`: the one place that opens paths and URLs; atomic writes.
+- `recipe_dataclass`, `load_recipe`: recipes (YAML to frozen dataclass) with refusals that name the nearest field.
+- `load_weights`, `find_file`: tensors from files, never code.
+- `UserError`: a one-line message for the user.
+"""
+
+from .errors import UserError
+from .recipe import Execution, Location, load_recipe, recipe_dataclass
+from .rundir import RunDir, RunInfo
+from .store import Store
+from .weights import find_file, load_weights
+
+__all__ = [
+    "Execution", "Location", "RunDir", "RunInfo", "Store", "UserError", "find_file", "load_recipe", "load_weights", "recipe_dataclass",
+]  # fmt: skip

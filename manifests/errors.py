@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to see."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, where, and what to do.
+
+    Command lines print it without a stack trace (unless ``--debug``) and exit with status 2.
+    """

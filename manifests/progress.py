@@ -1,0 +1,25 @@
+"""Progress bars with rate and ETA: lively on a terminal, one line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(total: int, label: str, unit: str, *, initial: int = 0, scale: bool = False) -> tqdm[Any]:
+    """A tqdm bar on standard error. ``initial`` is what earlier runs have done already; it does not count in the rate."""
+    lively = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=label,
+        unit=unit,
+        unit_scale=scale,
+        mininterval=0.2 if lively else 10.0,
+        maxinterval=10.0,
+        dynamic_ncols=lively,
+        ncols=None if lively else 100,
+        leave=True,
+    )

@@ -1,0 +1,165 @@
+"""Recipes: one YAML file becomes one frozen dataclass tree; misspelt and ill-typed fields are refused with the nearest name.
+
+A recipe class is a `recipe_dataclass`; pydantic checks the types and bounds, this module turns its findings into one plain line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+import yaml
+
+from .errors import UserError
+
+R = TypeVar("R")
+C = TypeVar("C", bound=type)
+
+
+class Location:
+    """Marks a field that says where something lies: its content has a fingerprint, so the path itself may change between runs."""
+
+
+class Execution:
+    """Marks a field that says how to run (device, threads, limits) and does not change what comes out."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def recipe_dataclass(cls: C) -> C:
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields. Docstrings of fields are kept."""
+    config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    made: C = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[assignment]
+    return made
+
+
+def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] = ()) -> R:
+    """Load a recipe by file or by name (``folder/NAME.yaml``) and apply ``field.sub=value`` overrides.
+
+    Raises UserError, one line, for a missing file, broken YAML, an unknown field (with the nearest), or an ill-typed value.
+    """
+    path = _find(name, folder)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a plain YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(tree).__name__}")
+    return make_recipe(cls, apply_overrides(tree, overrides), str(path))
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's mapping with ``field.sub=value`` overrides; values are YAML. Raises UserError."""
+    copy: dict[str, Any] = json.loads(json.dumps(tree))
+    for override in overrides:
+        _set(copy, override)
+    return copy
+
+
+def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str) -> R:
+    """Validate a mapping as a recipe of class ``cls``; ``where`` names it in messages."""
+    _refuse_unknown(cls, tree, where, "")
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(tree))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        raise UserError(f"{where}: {field}: {first['msg'][0].lower()}{first['msg'][1:]}{got}") from error
+
+
+def as_tree(recipe: Any) -> dict[str, Any]:
+    """A recipe as nested plain dicts and lists, ready for JSON or YAML."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+    return tree
+
+
+def identity(recipe: Any) -> dict[str, Any]:
+    """The fields that decide what comes out, flat (``attack.eps`` -> value): all but `Location` and `Execution` ones."""
+    flat = flatten(as_tree(recipe))
+    return {name: value for name, value in flat.items() if not _is_free(type(recipe), name)}
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 (first 16 hex digits) of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for messages: `` (did you mean 'eps'?)``, or the list of what is known when nothing is near."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.55)
+    if close:
+        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"; known: {', '.join(sorted(known))}" if len(known) <= 30 else ""
+
+
+def _find(name: str, folder: Path) -> Path:
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise UserError(f"recipe {name!r}: no such file, and no recipe of that name{nearest(name, names)}")
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    field, separator, text = override.partition("=")
+    if not separator or not field:
+        raise UserError(f"--set {override}: write it as field=value, for example attack.eps=0.2")
+    *parents, last = field.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {parent} is a value, it has no fields below it")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
+
+
+def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for name, value in tree.items():
+        if name not in hints:
+            raise UserError(f"{where}: unknown field {prefix + str(name)!r}{nearest(str(name), list(hints))}")
+        if isinstance(value, Mapping) and (child := _dataclass_in(hints[name])):
+            _refuse_unknown(child, value, where, f"{prefix}{name}.")
+
+
+def _dataclass_in(hint: Any) -> Any:
+    for candidate in _alternatives(hint):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    yield hint
+    yield from typing.get_args(hint)
+
+
+def _is_free(cls: Any, name: str) -> bool:
+    head, _, rest = name.partition(".")
+    hint = typing.get_type_hints(cls, include_extras=True)[head]
+    if rest and (child := _dataclass_in(hint)):
+        return _is_free(child, rest)
+    marks: Callable[[Any], bool] = lambda mark: mark in (Location, Execution)  # noqa: E731
+    return any(marks(argument) for argument in typing.get_args(hint))

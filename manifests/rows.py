@@ -1,0 +1,106 @@
+"""The rows of the record: one per source sample, in Parquet; one part file per shard, one sealed manifest per run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import UserError
+
+Status = Literal["verified", "rejected", "error"]
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # of the sample in its tars
+        ("shard", pa.int32()),
+        ("label", pa.int32()),  # index into the class list; null when unreadable
+        ("clean_pred", pa.int32()),  # teacher's top-1 on x, and its probability
+        ("clean_prob", pa.float32()),
+        ("dad_pred", pa.int32()),  # teacher's top-1 on x'' as stored, and its probability
+        ("dad_prob", pa.float32()),
+        ("status", pa.string()),  # verified: in the DAD tar; rejected: teacher's top-1 on x'' is not the label; error
+        ("reason", pa.string()),  # why, for rejected and error
+        ("loss_clean", pa.float32()),  # teacher's cross-entropy against the label: on x,
+        ("loss_attacked", pa.float32()),  # on the attacked image before the second discretization,
+        ("loss_dad", pa.float32()),  # and on x'' as stored
+        ("delta_l2", pa.float32()),  # L2 length of the perturbation, in pixels of [0, 1]
+        ("codes_changed", pa.float32()),  # fraction of VQ codes that differ between Q(x) and x''
+        ("bytes", pa.int32()),  # of the stored x'' image; of rejected ones too
+        ("clean_offset", pa.int64()),  # first header byte of the sample in the clean tar, null when absent,
+        ("clean_size", pa.int32()),  # bytes up to the end of its last member's padding,
+        ("clean_crc32", pa.uint32()),  # and zlib.crc32 of that range
+        ("dad_offset", pa.int64()),
+        ("dad_size", pa.int32()),
+        ("dad_crc32", pa.uint32()),
+    ]
+)
+_META = b"dad"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarRecord:
+    """What the record says of one tar."""
+
+    name: str  # relative to the run directory, e.g. "dad/dad-000003.tar"
+    size: int  # bytes
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """What a part file says of its shard, beside the rows."""
+
+    shard: int
+    source: str  # name of the piece of the source that the shard was made from
+    run: str  # fingerprint of the run (recipe, teacher, discretizer, classes, source)
+    samples: int  # rows
+    tars: tuple[TarRecord, ...]
+
+
+def encode_rows(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
+    """Rows and metadata as the bytes of a Parquet file; the same input gives the same bytes."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    return encode_table(table, meta)
+
+
+def encode_table(table: pa.Table, meta: Mapping[str, Any]) -> bytes:
+    table = table.replace_schema_metadata({_META: json.dumps(meta, sort_keys=True).encode()})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def encode_part(rows: Sequence[Mapping[str, Any]], record: PartRecord) -> bytes:
+    return encode_rows(rows, asdict(record))
+
+
+def decode_table(data: bytes, where: str) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of a Parquet file of ours and its metadata. Raises UserError naming ``where`` when it is damaged or foreign."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        meta = json.loads((table.schema.metadata or {})[_META])
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{where}: damaged, or not a manifest of this project ({' '.join(str(error).split())[:100]})") from error
+    missing = [name for name in SCHEMA.names if name not in table.schema.names]
+    if missing:
+        raise UserError(f"{where}: columns missing: {', '.join(missing)}")
+    return table.select(SCHEMA.names).cast(SCHEMA), meta
+
+
+def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartRecord]:
+    table, meta = decode_table(data, where)
+    try:
+        tars = tuple(TarRecord(**tar) for tar in meta["tars"])
+        record = PartRecord(**{**meta, "tars": tars})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: damaged, or not a part file of this project ({error})") from error
+    if record.samples != table.num_rows:
+        raise UserError(f"{where}: says {record.samples} samples and holds {table.num_rows}")
+    return table, record

@@ -1,0 +1,168 @@
+"""A run directory: where its files lie, what is done, and sealing.
+
+A shard is done exactly when its part file exists and the tars it names have that size and sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from .errors import UserError
+from .recipe import fingerprint
+from .rows import PartRecord, TarRecord, decode_part, decode_table, encode_table
+from .store import Store
+
+MANIFEST = "manifest.parquet"
+RUN = "run.json"
+FORMAT = 1  # of the run directory; readers refuse others
+
+
+def part_name(shard: int) -> str:
+    return f"manifest/part-{shard:06d}.parquet"
+
+
+def tar_name(stream: str, shard: int) -> str:
+    """``stream`` is "clean" or "dad"."""
+    return f"{stream}/{stream}-{shard:06d}.tar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """``run.json``: what was asked for, by whom it was made, what came out."""
+
+    recipe: dict[str, Any]
+    identity: dict[str, Any]  # the recipe's fields that decide the bytes, flat
+    fingerprints: dict[str, str]  # teacher, discretizer, classes, source
+    classes: list[str]
+    shards: int
+    samples: int
+    versions: dict[str, str]
+    counts: dict[str, int] | None = None  # of each status; None until sealed
+    manifest_sha256: str | None = None  # of manifest.parquet; None until sealed
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the bytes; every part file carries it."""
+        return fingerprint([self.identity, self.fingerprints])
+
+
+class RunDir:
+    """A run directory under a local path or any fsspec URL."""
+
+    def __init__(self, url: str | Path) -> None:
+        self.store = Store(url)
+
+    def __str__(self) -> str:
+        return str(self.store)
+
+    def info(self) -> RunInfo:
+        """Read run.json. Raises UserError when it is missing, damaged or of another format."""
+        if not self.store.exists(RUN):
+            raise UserError(f"{self.store}: no run directory here (no {RUN}); make one with `make shards OUT={self.store}`")
+        try:
+            tree = json.loads(self.store.read(RUN))
+            if tree.get("format") != FORMAT:
+                raise UserError(f"{self.store.where(RUN)}: format {tree.get('format')!r}, this version reads format {FORMAT}")
+            return RunInfo(**tree)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.store.where(RUN)}: damaged ({error}); restore it or make the run anew") from error
+
+    def write_info(self, info: RunInfo) -> None:
+        self.store.write(RUN, (json.dumps(asdict(info), indent=2) + "\n").encode())
+
+    def claim(self, info: RunInfo) -> None:
+        """Write run.json for a fresh run, or make sure that the run already here is the same one.
+
+        Raises UserError naming the first field that differs.
+        """
+        if not self.store.exists(RUN):
+            self.write_info(info)
+            return
+        old = self.info()
+        for section in ("identity", "fingerprints"):
+            before, now = getattr(old, section), getattr(info, section)
+            for name in [*before, *(n for n in now if n not in before)]:
+                if before.get(name) != now.get(name):
+                    what = name if section == "identity" else f"the {name} (its content's fingerprint)"
+                    raise UserError(
+                        f"{self.store}: already holds shards made with another recipe: {what} was {before.get(name)!r}, "
+                        f"now {now.get(name)!r}; choose another OUT, or set it back"
+                    )
+
+    def damage(self, shard: int, run: str, *, content: bool = True) -> str | None:
+        """Why a shard is not done, or None when it is. Reads every byte of its tars unless ``content`` is False."""
+        name = part_name(shard)
+        if not self.store.exists(name):
+            return f"{self.store.where(name)}: missing"
+        try:
+            _, record = self.part(shard)
+        except UserError as error:
+            return str(error)
+        if record.shard != shard or record.run != run:
+            return f"{self.store.where(name)}: belongs to another run or shard (shard {record.shard}, run {record.run})"
+        return next((why for tar in record.tars if (why := self.tar_damage(tar, content=content))), None)
+
+    def tar_damage(self, tar: TarRecord, *, content: bool = True) -> str | None:
+        """Why a tar is not what the record says, naming the file; None when it is."""
+        where = self.store.where(tar.name)
+        if not self.store.exists(tar.name):
+            return f"{where}: missing"
+        size = self.store.size(tar.name)
+        if size != tar.size:
+            return f"{where}: {size} bytes, the manifest says {tar.size} (truncated or replaced)"
+        if content and self.store.sha256(tar.name) != tar.sha256:
+            return f"{where}: its sha256 is not the one in the manifest (altered or damaged)"
+        return None
+
+    def part(self, shard: int) -> tuple[pa.Table, PartRecord]:
+        name = part_name(shard)
+        return decode_part(self.store.read(name), self.store.where(name))
+
+    def parts(self, shards: Iterable[int]) -> list[tuple[pa.Table, PartRecord]]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self.part, shards))
+
+    def seal(self, info: RunInfo, shards: Iterable[int]) -> tuple[pa.Table, list[TarRecord]]:
+        """Join all part files into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars."""
+        parts = self.parts(shards)
+        table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
+        tars = [tar for _, record in parts for tar in record.tars]
+        counts = Counter(table.column("status").to_pylist())
+        data = encode_table(table, {"run": info.fingerprint, "tars": [asdict(tar) for tar in tars]})
+        self.store.write(MANIFEST, data)
+        self.write_info(replace(info, counts=dict(sorted(counts.items())), manifest_sha256=hashlib.sha256(data).hexdigest()))
+        return table, tars
+
+    def manifest(self) -> tuple[pa.Table, list[TarRecord]]:
+        """The sealed manifest: all rows and the record of every tar. Raises UserError when the run is not sealed."""
+        info = self.info()
+        if info.counts is None or not self.store.exists(MANIFEST):
+            raise UserError(f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing")
+        data = self.store.read(MANIFEST)
+        if hashlib.sha256(data).hexdigest() != info.manifest_sha256:
+            raise UserError(
+                f"{self.store.where(MANIFEST)}: is not the one that was sealed (edited or damaged); "
+                "run `make shards` again to rebuild it from its parts"
+            )
+        table, meta = decode_table(data, self.store.where(MANIFEST))
+        if meta.get("run") != info.fingerprint:
+            raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})")
+        if table.num_rows != info.samples:
+            raise UserError(f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples")
+        return table, [TarRecord(**tar) for tar in meta["tars"]]
+
+
+def count_statuses(counts: Mapping[str, int]) -> str:
+    """``"4,310 verified, 1,688 rejected, 2 errors"``."""
+    errors = counts.get("error", 0)
+    return f"{counts.get('verified', 0):,} verified, {counts.get('rejected', 0):,} rejected, {errors:,} error{'' if errors == 1 else 's'}"

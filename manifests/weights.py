@@ -1,0 +1,53 @@
+"""Reading model weights from files that may come from anywhere: tensors only, nothing is unpickled into code."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def find_file(name: str, field: str) -> Path:
+    """A path of a recipe: as given, else below the project's own folder (so that built-in recipes work from anywhere).
+
+    Raises UserError naming the recipe field when there is no such file or folder.
+    """
+    for path in (Path(name).expanduser(), PROJECT / name):
+        if path.exists():
+            return path
+    raise UserError(f"{field}: {name}: no such file or folder; correct the path in the recipe or with --set {field}=PATH")
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file or a torch checkpoint (also below ``state_dict``), on the CPU.
+
+    Raises UserError for a file that is neither, or that holds pickled code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds more than tensors (pickled code); it is not loaded. Re-save its state_dict alone") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})") from error
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict) or not all(isinstance(value, torch.Tensor) for value in tree.values()):
+        raise UserError(f"{path}: expected a state dict of tensors")
+    return tree
+
+
+def files_fingerprint(paths: list[Path]) -> str:
+    """sha256 (first 16 hex digits) over the contents of files, in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""``python -m pipeline``: stage 1, images in, shards out."""
+
+from __future__ import annotations
+
+import time
+
+import click
+import yaml
+
+from manifests.command import ProjectGroup, set_option
+from manifests.recipe import as_tree
+
+from .recipe import FOLDER, load
+
+
+@click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Turn a labelled image set into shards of verified discrete adversarial images with a teacher's soft labels.
+
+    \b
+    python -m pipeline generate --recipe demo --out data/demo
+    python -m pipeline status data/demo
+    python -m pipeline verify data/demo
+    """
+
+
+recipe_option = click.option(
+    "--recipe",
+    default="demo",
+    show_default=True,
+    metavar="FILE|NAME",
+    help=f"A YAML file, or one of: {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}.",
+)
+data_option = click.option("--data", metavar="DIR", help="WebDataset tars or an ImageFolder; short for --set source.data=DIR.")
+out_argument = click.argument("out", metavar="OUT")
+
+
+def _recipe(recipe: str, data: str | None, overrides: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    return load(recipe, [*overrides, *([f"source.data={data}"] if data else [])])
+
+
+@main.command()
+@recipe_option
+@data_option
+@click.option("--out", default="data/demo", show_default=True, metavar="DIR|URL", help="The run directory, local or any fsspec URL.")
+@set_option
+def generate(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) -> None:
+    """Make the shards of a recipe, or those that are still missing."""
+    settings = _recipe(recipe, data, overrides)
+    from .generate import make_shards  # loads torch; --help and refusals should not wait for it
+
+    make_shards(settings, out)
+
+
+@main.command()
+@out_argument
+@click.option("--content", is_flag=True, help="Compare checksums too, not only sizes.")
+@click.option("--watch", is_flag=True, help="Print again every 10 seconds until interrupted.")
+def status(out: str, content: bool, watch: bool) -> None:
+    """Say what OUT holds: shards done, missing, damaged; verified rate, speed, time to go."""
+    from .status import status_lines
+
+    while True:
+        click.echo("\n".join(status_lines(out, content=content)))
+        if not watch:
+            return
+        time.sleep(10)
+
+
+@main.command()
+@out_argument
+@click.option("--samples", default=64, show_default=True, help="Random samples of each stream to ask the teacher about again; 0 for none.")
+@set_option
+def verify(out: str, samples: int, overrides: tuple[str, ...]) -> None:
+    """Check every checksum, count and label of OUT, and re-infer random samples. Names whatever fails and exits with status 1."""
+    from .verify import problems, reinfer, summary
+
+    found = list(problems(out))
+    if not found and samples:
+        found = list(reinfer(out, samples, overrides))
+    if found:
+        click.echo("\n".join(f"FAILED {line}" for line in found))
+        click.echo(f"{len(found)} problem{'s' * (len(found) > 1)}; `make shards` with the same recipe makes damaged shards anew")
+        raise SystemExit(1)
+    click.echo(summary(out))
+    if samples:
+        click.echo(f"{out}: the teacher agrees with the stored logits of {samples} random samples of each stream")
+
+
+@main.command("recipe")
+@click.argument("recipe", metavar="FILE|NAME", default="demo")
+@set_option
+def show_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print a recipe with every field resolved."""
+    click.echo(yaml.safe_dump(as_tree(load(recipe, overrides)), sort_keys=False), nl=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m pipeline")

@@ -1,0 +1,126 @@
+"""The attack: one pure function from images to discrete adversarial images (paper eq. 9, update rule of DAT, sec. 3.2).
+
+The gradient is taken at the discretized image and is not propagated through the discretizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from manifests.recipe import recipe_dataclass
+from shards.seeds import seeded_generator
+
+Classifier = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, H, W] in [0, 1] -> logits [B, classes]
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images -> (images, codes [B, h, w])
+
+
+@recipe_dataclass
+class AttackSettings:
+    """How far and how often to step. Lengths are in units of pixel values in [0, 1]; defaults are the paper's, at 224 pixels."""
+
+    norm: Literal["l2", "linf"] = "l2"
+    """Norm of the ball around Q(x) that the perturbation stays in."""
+    eps: Annotated[float, Field(ge=0)] = 0.1
+    """Radius of that ball."""
+    alpha: Annotated[float, Field(ge=0)] = 0.1
+    """Length of one step (the paper's attack learning rate)."""
+    steps: Annotated[int, Field(ge=0)] = 1
+    """K. 0: no gradient, the paper's VQGAN-sample baseline (table 11)."""
+    random_start: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """p0: probability of starting from a random point at distance eps instead of from Q(x)."""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What the attack made of B images."""
+
+    discrete: torch.Tensor  # Q(x), [B, 3, H, W] in [0, 1]
+    perturbed: torch.Tensor  # x_K before the second discretization
+    adversarial: torch.Tensor  # x'' = Q(x_K)
+    codes_discrete: torch.Tensor  # [B, h, w] int64
+    codes: torch.Tensor  # of x''
+
+
+def attack(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    teacher: Classifier,
+    discretizer: Quantizer,
+    settings: AttackSettings,
+    noise: torch.Tensor,
+) -> Attacked:
+    """Find discrete adversarial images of the teacher.
+
+    x: images [B, 3, H, W] in [0, 1]; y: labels [B]; noise: the random starts, from `draw_noise` (zero rows start at Q(x)).
+    teacher: differentiable with respect to its input. Nothing is verified here: see `verified`.
+    """
+    with torch.no_grad():
+        discrete, codes_discrete = discretizer(x)
+    perturbed = (discrete + noise).clamp(0, 1)
+    for _ in range(settings.steps):
+        gradient = loss_gradient(perturbed, y, teacher)
+        delta = project(perturbed + step(gradient, settings) - discrete, settings)
+        perturbed = (discrete + delta).clamp(0, 1)
+    with torch.no_grad():
+        adversarial, codes = discretizer(perturbed)
+    return Attacked(discrete, perturbed, adversarial, codes_discrete, codes)
+
+
+def loss_gradient(x: torch.Tensor, y: torch.Tensor, teacher: Classifier) -> torch.Tensor:
+    """Gradient of the teacher's cross-entropy with respect to the images, [B, 3, H, W] float32.
+
+    The loss is summed, so one image's gradient does not depend on the others of its batch.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        loss = F.cross_entropy(teacher(x).float(), y, reduction="sum")
+        # not .backward(): the teacher's weights keep requires_grad (open_clip is 10x slower on CPU without) but need no gradient
+        (gradient,) = torch.autograd.grad(loss, x)
+    return gradient.float()
+
+
+def step(gradient: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
+    """One ascent step: alpha * g / |g| (L2) or alpha * sign g (Linf)."""
+    if settings.norm == "linf":
+        return settings.alpha * gradient.sign()
+    return settings.alpha * gradient / _lengths(gradient).clamp(min=1e-12)
+
+
+def project(delta: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
+    """Bring perturbations back into the eps-ball."""
+    if settings.norm == "linf":
+        return delta.clamp(-settings.eps, settings.eps)
+    return delta * (settings.eps / _lengths(delta).clamp(min=1e-12)).clamp(max=1.0)
+
+
+def draw_noise(keys: Sequence[str], shape: Sequence[int], settings: AttackSettings, seed: int) -> torch.Tensor:
+    """The random start of each sample: a point at distance eps with probability p0, else zero. [len(keys), *shape]
+
+    Seeded by (run seed, key): the same sample gets the same start whatever the shard, the worker or the retry.
+    """
+    return torch.stack([_noise(shape, settings, seeded_generator("attack", seed, key)) for key in keys])
+
+
+def verified(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Which images the teacher still classifies as their label: bool [B] from its logits [B, classes] on them as stored."""
+    return logits.argmax(1) == y
+
+
+def _noise(shape: Sequence[int], settings: AttackSettings, generator: torch.Generator) -> torch.Tensor:
+    start = torch.rand((), generator=generator) < settings.random_start
+    if settings.norm == "linf":
+        noise = torch.empty(*shape).uniform_(-settings.eps, settings.eps, generator=generator)
+    else:
+        noise = torch.randn(*shape, generator=generator)
+        noise *= settings.eps / noise.norm()
+    return noise if start else torch.zeros_like(noise)
+
+
+def _lengths(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

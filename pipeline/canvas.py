@@ -1,0 +1,51 @@
+"""From the bytes of any image file to the canvas: uint8 [3, S, S], shorter side resized to S, then centre-cropped."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 256 << 20  # of a source image; a larger one would need gigabytes to decode
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL raises beyond twice this, before decoding
+
+
+class BadImage(Exception):
+    """A source image that cannot be used; the message says why and ends up in the manifest."""
+
+
+def load_canvas(data: bytes, side: int) -> torch.Tensor:
+    """Decode, orient by EXIF, convert to RGB (transparent pixels on white), resize bicubically and crop: uint8 [3, side, side].
+
+    Raises BadImage.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
+            image = _to_rgb(ImageOps.exif_transpose(picture))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
+        raise BadImage(f"unreadable image: {' '.join(str(error).split())[:160]}") from error
+    width, height = image.size
+    if min(width, height) < 2:
+        raise BadImage(f"image of {width} x {height} pixels")
+    scale = side / min(width, height)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    pixels = np.array(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float: PIL's own conversion clips instead of scaling
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

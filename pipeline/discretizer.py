@@ -1,0 +1,134 @@
+"""The discretizer Q: encode an image to a grid of codebook entries and decode those. A VQGAN (Esser et al., CVPR 2021).
+
+Encoder and decoder are taming-transformers' own blocks. Its `VectorQuantizer` is not used: it materialises distances and
+a one-hot of [tokens x codes]; `VQGAN.quantize` keeps only the nearest index. Checkpoints keep taming's names
+(``encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*``), so published weights load as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from manifests import UserError, find_file, load_weights, recipe_dataclass
+
+NEAREST_CHUNK = 8192  # tokens whose distances to all codes are held at once: 8192 x 16384 float32 is 512 MiB
+
+
+@recipe_dataclass
+class VQGANConfig:
+    """Shape of a VQGAN, in taming's terms. Defaults: VQGAN f=8, 16384 codes (OpenImages)."""
+
+    ch: int = 128  # base channels
+    ch_mult: tuple[int, ...] = (1, 2, 2, 4)  # per resolution; len - 1 halvings
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (32,)
+    resolution: int = 256  # nominal input side, which decides at which depths attention sits
+    z_channels: int = 4
+    embed_dim: int = 4  # of a codebook entry
+    n_embed: int = 16384  # codebook entries
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code, along a side (the f of f=8)."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder. Images go in and come out as [B, 3, H, W] in [0, 1]."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        from taming.modules.diffusionmodules.model import Decoder, Encoder
+
+        shape = dict(
+            ch=config.ch,
+            out_ch=3,
+            ch_mult=config.ch_mult,
+            num_res_blocks=config.num_res_blocks,
+            attn_resolutions=list(config.attn_resolutions),
+            in_channels=3,
+            resolution=config.resolution,
+            z_channels=config.z_channels,
+            double_z=False,
+        )
+        self.config = config
+        with contextlib.redirect_stdout(io.StringIO()):  # taming prints the shape of z
+            self.encoder = Encoder(**shape)
+            self.decoder = Decoder(**shape)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(config.n_embed, config.embed_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """[n_embed, embed_dim]"""
+        weight = self.quantize.embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Continuous latents [B, embed_dim, h, w] before quantization."""
+        return self.quant_conv(self.encoder(2 * images - 1))
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> codes [B, h, w] int64."""
+        latents = self.latents(images)
+        batch, dim, height, width = latents.shape
+        tokens = latents.permute(0, 2, 3, 1).reshape(-1, dim)
+        return nearest_code(tokens, self.codebook).view(batch, height, width)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [B, h, w] -> float32 images [B, 3, H, W] in [0, 1]."""
+        return self.decode_latents(self.codebook[codes].permute(0, 3, 1, 2)).clamp(0, 1)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Quantized latents [B, embed_dim, h, w] -> float32 images, not yet clamped."""
+        return (self.decoder(self.post_quant_conv(latents)).float() + 1) / 2
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q: images [B, 3, H, W] in [0, 1] -> (discretized images in [0, 1], codes [B, h, w])."""
+        codes = self.encode(images)
+        return self.decode(codes), codes
+
+
+def nearest_code(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest codebook entry in L2, in float32 whatever the autocast.
+
+    tokens: [N, D]; codebook: [C, D]. Returns [N] int64. |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change the argmin.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        codebook = codebook.float()
+        bias = codebook.square().sum(1)
+        scaled = -2 * codebook.t()
+        parts = [torch.addmm(bias, part.float(), scaled).argmin(1) for part in tokens.split(NEAREST_CHUNK)]
+    return torch.cat(parts)
+
+
+class Identity(nn.Module):
+    """No discretization: the attack then makes plain adversarial examples. Codes are empty, [B, 0, 0]."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, torch.zeros(len(images), 0, 0, dtype=torch.long, device=images.device)
+
+
+def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqgan") -> nn.Module:
+    """Build the discretizer that a recipe asks for, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    if kind == "identity":
+        return Identity()
+    if weights is None:
+        raise UserError("discretizer.weights: name a checkpoint file of the VQGAN")
+    path: Path = find_file(weights, "discretizer.weights")
+    state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
+    vqgan = VQGAN(config)
+    try:
+        vqgan.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"discretizer.weights: {path}: does not fit discretizer.config: {reason}") from error
+    return vqgan.eval()

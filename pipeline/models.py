@@ -1,0 +1,75 @@
+"""The two frozen models of stage 1 on their device, with the recipe's precision: what the per-shard job computes with."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from manifests import UserError
+
+from .classes import ClassList
+from .discretizer import load_discretizer
+from .recipe import Recipe
+from .teacher import Teacher, load_teacher, weights_fingerprint
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher and discretizer, callable on images [B, 3, H, W] in [0, 1] on `device`."""
+
+    teacher_model: Teacher
+    discretizer_model: nn.Module
+    device: torch.device
+    bf16: bool
+
+    def teacher(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, classes] float32."""
+        with self._precision():
+            logits: torch.Tensor = self.teacher_model(_channels_last(images))
+            return logits
+
+    def discretizer(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q: (discretized images float32 in [0, 1], codes [B, h, w])."""
+        with self._precision():
+            discrete, codes = self.discretizer_model(_channels_last(images))
+            return discrete.float(), codes
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"teacher": weights_fingerprint(self.teacher_model), "discretizer": weights_fingerprint(self.discretizer_model)}
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def load_models(recipe: Recipe, classes: ClassList) -> Models:
+    """Load both models onto the recipe's device. Raises UserError naming the recipe field that is wrong."""
+    device = choose_device(recipe.device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    teacher = load_teacher(recipe.teacher, classes).to(device)
+    settings = recipe.discretizer
+    discretizer = load_discretizer(settings.config, settings.weights, settings.kind).to(device)
+    if settings.kind == "vqgan" and recipe.canvas % settings.config.downsampling:
+        raise UserError(f"canvas: {recipe.canvas} is not a multiple of the VQGAN's {settings.config.downsampling} pixels per code")
+    teacher.to(memory_format=torch.channels_last)
+    discretizer.to(memory_format=torch.channels_last)
+    return Models(teacher, discretizer, device, recipe.precision == "bf16")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names; ``auto`` is the GPU when there is one. Raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} is not usable here ({str(error).splitlines()[0][:120]})") from error
+    return device
+
+
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,97 @@
+"""The recipe of stage 1: one YAML file, one frozen dataclass tree. ``pipeline/recipes/`` holds those that come with the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from manifests import Execution, Location, load_recipe, recipe_dataclass
+from shards import ImageFormat
+
+from .attack import AttackSettings
+from .discretizer import VQGANConfig
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@recipe_dataclass
+class Source:
+    """The labelled images to start from."""
+
+    data: Annotated[str, Location]
+    """A folder of WebDataset tars (or one tar), or an ImageFolder (one sub-folder per class)."""
+    classes: Annotated[str, Location]
+    """YAML file: `classes` (names, in label order), optionally `folders` (an ImageFolder's folder names, in the same order)."""
+    shard_size: Annotated[int, Field(ge=1)] = 1000
+    """Source samples per shard, at most. Small shards make a short tail and lose little when a worker dies."""
+
+
+@recipe_dataclass
+class Teacher:
+    """The vision-language model (or classifier) that attacks, verifies and labels."""
+
+    kind: Literal["open_clip", "timm"] = "open_clip"
+    """open_clip: zero-shot from class names and prompt templates. timm: a classifier over the same classes."""
+    model: Annotated[str, Location]
+    """open_clip: a model name, or `local-dir:FOLDER` (open_clip_config.json, weights, optional bpe.txt.gz). timm: a model name."""
+    weights: Annotated[str | None, Location] = None
+    """A checkpoint file, or for open_clip a pretrained tag such as `openai`. None for `local-dir:` models."""
+    templates: Annotated[str | None, Location] = None
+    """YAML file with `templates`, or `openai` for the 80 ImageNet templates. None: those of `source.classes`."""
+
+
+@recipe_dataclass
+class Discretizer:
+    """The VQGAN that turns images into codes and back."""
+
+    kind: Literal["vqgan", "identity"] = "vqgan"
+    """identity: no discretization, plain adversarial examples."""
+    weights: Annotated[str | None, Location] = None
+    """Checkpoint in taming's layout (safetensors, or a torch file of tensors)."""
+    config: VQGANConfig = VQGANConfig()
+    """Shape of the VQGAN."""
+
+
+@recipe_dataclass
+class Output:
+    """What goes into the shards."""
+
+    image: ImageFormat = ImageFormat()
+    """Storage format of clean and DAD images."""
+    clean_images: bool = True
+    """False: the clean shards hold labels and logits only."""
+    codes: bool = False
+    """True: store the VQ codes of each DAD image as KEY.codes.npy (uint16)."""
+
+
+@recipe_dataclass
+class Recipe:
+    """Everything that decides what a run directory will hold."""
+
+    source: Source
+    teacher: Teacher
+    discretizer: Discretizer
+    attack: AttackSettings = AttackSettings()
+    output: Output = Output()
+    canvas: Annotated[int, Field(ge=16)] = 224
+    """Side of the square images, in pixels: shorter side resized to it, then centre-cropped."""
+    batch: Annotated[int, Field(ge=1)] = 64
+    """Images per model call. Part of the result's identity: floating point sums depend on it."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the models' forward and backward passes. Losses, logits and the perturbation are float32."""
+    seed: int = 0
+    """Of the random starts, together with each sample's key."""
+    max_errors: Annotated[float, Field(ge=0, le=1), Execution] = 0.01
+    """Share of samples that may fail (unreadable, wrong label) before the command exits non-zero."""
+    device: Annotated[str, Execution] = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
+    threads: Annotated[int | None, Field(ge=1), Execution] = None
+    """CPU threads of the models. None: all cores."""
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by file or name and apply ``field=value`` overrides."""
+    return load_recipe(Recipe, name, FOLDER, overrides)

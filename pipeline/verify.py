@@ -1,0 +1,121 @@
+"""Trust, re-established: every checksum and count of a run directory, and the teacher's word on random samples once more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from manifests import RunDir, RunInfo, UserError
+from manifests.progress import progress
+from manifests.rows import TarRecord
+from manifests.rundir import count_statuses
+from shards import ShardDataset, iterate_tar
+from shards.codec import to_float
+
+from .generate import recipe_of
+from .models import load_models
+
+# Largest difference of a logit that recomputing may show, relative to the largest logit of the sample: rounding to the stored
+# float16 (2^-11), and in bf16 (2^-8) the other summation order of a batch of another size, through a deep network.
+TOLERANCE = {"fp32": 2**-9, "bf16": 2**-4}
+
+
+def problems(out: str) -> Iterator[str]:
+    """Everything in a run directory that is not as recorded, one line each, naming the file. Raises UserError when there is no run."""
+    run = RunDir(out)
+    info = run.info()
+    found = False
+    with progress(info.shards, "verifying", "shard") as bar:
+        for shard in range(info.shards):
+            for line in _shard_problems(run, info, shard):
+                found = True
+                yield line
+            bar.update()
+    if found:
+        return  # the sealed manifest can only repeat what is wrong
+    try:
+        table, tars = run.manifest()
+    except UserError as error:
+        yield str(error)
+        return
+    parts = run.parts(range(info.shards))
+    if not table.equals(pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(table.schema.metadata).combine_chunks()):
+        yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
+    if tars != [tar for _, record in parts for tar in record.tars]:
+        yield f"{run.store.where('manifest.parquet')}: its list of tars is not that of the part files"
+    known = {tar.name for tar in tars}
+    for stream in ("clean", "dad"):
+        for name in run.store.names(stream):
+            if f"{stream}/{name}" not in known:
+                yield f"{run.store.where(f'{stream}/{name}')}: not in the manifest; remove it, or readers that list folders will use it"
+
+
+def reinfer(out: str, count: int, overrides: tuple[str, ...]) -> Iterator[str]:
+    """Ask the teacher again about ``count`` random samples of each stream: label and logits must be the stored ones."""
+    run = RunDir(out)
+    info = run.info()
+    recipe, classes = recipe_of(run, overrides)
+    models = load_models(recipe, classes)
+    if (now := models.fingerprints()["teacher"]) != info.fingerprints["teacher"]:
+        raise UserError(
+            f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
+            "name the right one with --set teacher.model=…"
+        )
+    for stream in ("clean", "dad") if recipe.output.clean_images else ("dad",):
+        dataset = ShardDataset(out, stream)  # type: ignore[arg-type]
+        rng = np.random.default_rng()
+        chosen = rng.choice(len(dataset), size=min(count, len(dataset)), replace=False)
+        for start in range(0, len(chosen), recipe.batch):
+            samples = [dataset[int(index)] for index in chosen[start : start + recipe.batch]]
+            images = to_float(torch.stack([s.image for s in samples if s.image is not None])).to(models.device)
+            with torch.no_grad():
+                logits = models.teacher(images).cpu()
+            for sample, now_logits in zip(samples, logits, strict=True):
+                stored = sample.logits.float()
+                difference = float((now_logits - stored).abs().max() / stored.abs().max())
+                if difference > TOLERANCE[recipe.precision]:
+                    yield f"{out}: {stream} sample {sample.key}: logits differ by {difference:.1%} of the largest from the stored ones"
+                if stream == "dad" and int(stored.argmax()) != sample.label:
+                    yield f"{out}: dad sample {sample.key}: stored logits say class {int(stored.argmax())}, its label is {sample.label}"
+                if int(now_logits.argmax()) != int(stored.argmax()) and _margin(stored) > 2 * TOLERANCE[recipe.precision]:
+                    yield f"{out}: {stream} sample {sample.key}: the teacher now sees class {int(now_logits.argmax())}, not {int(stored.argmax())}"
+
+
+def _margin(logits: torch.Tensor) -> float:
+    first, second = logits.topk(2).values.tolist()
+    return float((first - second) / logits.abs().max())
+
+
+def _shard_problems(run: RunDir, info: RunInfo, shard: int) -> Iterator[str]:
+    if why := run.damage(shard, info.fingerprint):
+        yield why
+        return
+    table, record = run.part(shard)
+    for tar in record.tars:
+        yield from _tar_problems(run, tar, table)
+
+
+def _tar_problems(run: RunDir, tar: TarRecord, table: pa.Table) -> Iterator[str]:
+    """Counts, keys and labels of one tar against the rows of its shard."""
+    where, stream = run.store.where(tar.name), tar.name.partition("/")[0]
+    rows = [row for row in table.to_pylist() if row[f"{stream}_offset"] is not None]
+    with run.store.open(tar.name) as file:
+        samples = list(iterate_tar(file, where))
+    if not len(samples) == len(rows) == tar.samples:
+        yield f"{where}: holds {len(samples)} samples, its rows {len(rows)}, its record says {tar.samples}"
+        return
+    for (offset, sample), row in zip(samples, rows, strict=True):
+        if sample.key != row["key"] or offset != row[f"{stream}_offset"]:
+            yield f"{where}: sample {sample.key} at byte {offset}, the manifest expects {row['key']} at {row[f'{stream}_offset']}"
+        elif sample.members.get("cls") != str(row["label"]).encode():
+            yield f"{where}: sample {sample.key} has label {sample.members.get('cls')!r}, the manifest says {row['label']}"
+        if stream == "dad" and row["status"] != "verified":
+            yield f"{where}: sample {sample.key} is {row['status']}, only verified samples belong here"
+
+
+def summary(out: str) -> str:
+    counts = RunDir(out).info().counts or {}
+    return f"{out}: every checksum, count, key and label is as recorded ({count_statuses(counts)})"

@@ -1,0 +1,20 @@
+"""The contract between the stages: what one sample and one tar look like, writing them, streaming them.
+
+Works without a GPU and without open_clip, taming or timm. For others to use:
+
+- `ShardDataset`: one stream of a sealed run as a random-access dataset. ``ShardDataset("data/demo", "dad")[0].image``
+- `TrainingReader`: planned, resumable batches of clean and DAD samples side by side.
+- `TarWriter`, `iterate_tar`: deterministic writing, distrustful reading of WebDataset tars.
+- `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages.
+"""
+
+from .codec import ImageFormat, decode_image, encode_image
+from .dataset import LabelledImage, ShardDataset
+from .reader import Batch, Half, TrainingReader
+from .seeds import seeded_generator
+from .tar import Extent, Sample, TarWriter, iterate_tar
+
+__all__ = [
+    "Batch", "Extent", "Half", "ImageFormat", "LabelledImage", "Sample", "ShardDataset", "TarWriter", "TrainingReader",
+    "decode_image", "encode_image", "iterate_tar", "seeded_generator",
+]  # fmt: skip

@@ -1,0 +1,79 @@
+"""Images and logits as bytes and back: one codec for the writer and the reader, so that both stages see the same pixels."""
+
+from __future__ import annotations
+
+import io
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field
+
+from manifests.errors import UserError
+from manifests.recipe import recipe_dataclass
+
+EXTENSIONS = ("jpg", "png", "webp")
+
+
+@recipe_dataclass
+class ImageFormat:
+    """How images are stored."""
+
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    """png is lossless; webp is lossless at quality 100."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of jpg (without chroma subsampling) and webp."""
+
+
+def encode_image(image: torch.Tensor, settings: ImageFormat) -> bytes:
+    """Encode one image, uint8 [3, H, W]. The same pixels give the same bytes."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy(), "RGB")
+    buffer = io.BytesIO()
+    if settings.format == "jpg":
+        picture.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
+    elif settings.format == "png":
+        picture.save(buffer, "PNG")
+    else:
+        picture.save(buffer, "WEBP", quality=settings.quality, lossless=settings.quality == 100)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes, where: str = "image") -> torch.Tensor:
+    """Decode a stored image to uint8 [3, H, W]. Raises UserError naming ``where``."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: unreadable image ({' '.join(str(error).split())[:120]})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [0, 1] -> uint8, rounded to nearest."""
+    return (images.float() * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def encode_array(array: np.ndarray) -> bytes:
+    """A numeric array as the bytes of a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decode_array(data: bytes, dtype: type[np.generic], where: str) -> np.ndarray:
+    """A ``.npy`` of exactly ``dtype``; never unpickles. Raises UserError naming ``where``."""
+    try:
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{where}: not a plain .npy array ({error})") from error
+    if array.dtype != dtype:
+        raise UserError(f"{where}: dtype {array.dtype}, expected {np.dtype(dtype)}")
+    return array

@@ -1,0 +1,137 @@
+"""WebDataset tars: writing them to the byte, and reading them without trusting them.
+
+In a tar, the members of one sample share a key (the name up to the first dot of its last part) and follow each other.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import IO
+
+from manifests.errors import UserError
+
+KEY = re.compile(r"^[A-Za-z0-9_-]+$")
+BLOCK = 512
+MAX_MEMBER = 256 << 20  # bytes; a larger member is no image, label or array, and is skipped unread
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a sample lies in its tar: from its first header to the end of its last member's padding."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass
+class Sample:
+    """The members of one sample, by extension (lower case, without the leading dot: ``jpg``, ``logits.npy``)."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+
+
+class TarWriter:
+    """Builds one tar in memory. Equal samples give equal bytes: no times, no owners."""
+
+    def __init__(self) -> None:
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.USTAR_FORMAT)
+        self.samples = 0
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> Extent:
+        """Append one sample. Raises ValueError for a key that the contract forbids."""
+        if not KEY.match(key):
+            raise ValueError(f"key {key!r} does not match {KEY.pattern}")
+        start = self._buffer.tell()
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self.samples += 1
+        end = self._buffer.tell()
+        return Extent(start, end - start, zlib.crc32(self._buffer.getbuffer()[start:end]))
+
+    def close(self) -> bytes:
+        self._tar.close()
+        return self._buffer.getvalue()
+
+
+def parse_sample(data: bytes, extent: Extent, where: str) -> Sample:
+    """The sample whose extent was read as ``data``. Raises UserError when the bytes are not those that were written."""
+    if len(data) != extent.size:
+        raise UserError(f"{where}: ends inside the sample at byte {extent.offset} (truncated)")
+    if zlib.crc32(data) != extent.crc32:
+        raise UserError(f"{where}: the sample at byte {extent.offset} is not the one that was written (altered or damaged)")
+    sample = Sample("")
+    position = 0
+    while position < len(data):
+        info = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "strict")
+        key, extension = split_name(info.name)
+        body = position + BLOCK
+        sample.key = key
+        sample.members[extension] = data[body : body + info.size]
+        position = body + -(-info.size // BLOCK) * BLOCK
+    return sample
+
+
+def iterate_tar(file: IO[bytes], where: str, start: int = 0) -> Iterator[tuple[int, Sample]]:
+    """Read any WebDataset tar from byte ``start``: yields (offset of the sample's first header, sample).
+
+    Only regular files are read; links, devices and directories are passed over, and nothing is written to disk.
+    Raises UserError naming ``where`` for a file that is not a tar or is cut off inside a member.
+    """
+    yield from _samples(file, where, start, read=True)
+
+
+def index_tar(file: IO[bytes], where: str) -> Iterator[tuple[int, str]]:
+    """(offset, key) of every sample of a tar, from the headers alone."""
+    for offset, sample in _samples(file, where, 0, read=False):
+        yield offset, sample.key
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"a/b.c.npy"`` -> ``("a/b", "c.npy")``: the key ends at the first dot of the last part."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, extension = last.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _samples(file: IO[bytes], where: str, start: int, *, read: bool) -> Iterator[tuple[int, Sample]]:
+    current: Sample | None = None
+    offset = 0
+    try:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header of a long tar
+                if not member.isreg():
+                    continue
+                key, extension = split_name(member.name)
+                if current is None or key != current.key:
+                    if current is not None:
+                        yield offset, current
+                    current, offset = Sample(key), member.offset
+                elif extension in current.members:
+                    raise UserError(f"{where}: two members {key}.{extension} in one sample; keys must be unique")
+                current.members[extension] = b""
+                if read and member.size <= MAX_MEMBER:
+                    body = tar.extractfile(member)
+                    data = body.read() if body else b""
+                    if len(data) != member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    current.members[extension] = data
+            # tarfile takes a damaged header for the end of the archive; only zeros or nothing may follow the last member
+            file.seek(tar.offset)
+            if file.read(BLOCK).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise UserError(f"{where}: not a readable tar ({error}); is it whole, and uncompressed?") from error
+    if current is not None:
+        yield offset, current
