@@ -12,16 +12,16 @@ import json
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
 
 import pydantic
 import pydantic.dataclasses
 import yaml
+from typing_extensions import dataclass_transform
 
 from .errors import UserError
 
 R = TypeVar("R")
-C = TypeVar("C", bound=type)
 
 
 class Location:
@@ -33,11 +33,10 @@ class Execution:
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def recipe_dataclass(cls: C) -> C:
+def recipe_dataclass(cls: type[R]) -> type[R]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields. Docstrings of fields are kept."""
     config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    made: C = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[assignment]
-    return made
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
 
 
 def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] = ()) -> R:

@@ -102,8 +102,7 @@ class Store:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"{self.where(name)}: the disk is full; free some space and run the same command again "
-                    "(finished shards are kept)"
+                    f"{self.where(name)}: the disk is full; free some space and run the same command again (finished shards are kept)"
                 ) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
                 raise UserError(f"{self.where(name)}: cannot write here ({error.strerror}); choose another place") from error

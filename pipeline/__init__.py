@@ -1,0 +1,8 @@
+"""Stage 1: labelled images in, shards of verified discrete adversarial images out.
+
+For others to use (`trainer` reaches, lazily, for the method modules only):
+
+- `attack`: the method as one pure function, `teacher`: open_clip zero-shot and timm classifiers, `discretizer`: the VQGAN.
+- `generate.make_shards`: a recipe in, a sealed run directory out; resumes.
+- `shard_job.run_shard`: the per-shard job that any engine can run.
+"""

@@ -15,6 +15,7 @@ CARD = "README.md"
 def dataset_card(info: RunInfo, table: pa.Table, tars: list[TarRecord]) -> str:
     """Markdown with a YAML header: what the set is, how it was made, how to read it, what its attack did."""
     counts = info.counts or {}
+    kept = counts.get("verified", 0)
     judged = max(counts.get("verified", 0) + counts.get("rejected", 0), 1)
     verified = table.filter(pc.equal(table.column("status"), "verified"))
     header = {
@@ -24,6 +25,7 @@ def dataset_card(info: RunInfo, table: pa.Table, tars: list[TarRecord]) -> str:
         "configs": [{"config_name": name, "data_files": f"{name}/*.tar"} for name in ("clean", "dad")],
     }
     size = {name: sum(tar.size for tar in tars if tar.name.startswith(name)) for name in ("clean", "dad")}
+    extension = info.recipe["output"]["image"]["format"]
     recipe = yaml.safe_dump(info.recipe, sort_keys=False).strip()
     prints = "\n".join(f"| {name} | `{value}` |" for name, value in info.fingerprints.items())
     versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
@@ -40,7 +42,7 @@ VQGAN, and kept only if the teacher still classifies it correctly (Discrete Adve
 | | samples | bytes |
 |---|---|---|
 | `clean/` images, labels, teacher logits | {table.num_rows - counts.get("error", 0):,} | {size["clean"]:,} |
-| `dad/` verified adversarial images, labels, teacher logits | {counts.get("verified", 0):,} ({counts.get("verified", 0) / judged:.1%}) | {size["dad"]:,} |
+| `dad/` verified adversarial images, labels, teacher logits | {kept:,} ({kept / judged:.1%}) | {size["dad"]:,} |
 | rejected by the teacher (in the manifest only) | {counts.get("rejected", 0):,} | |
 | unusable source samples (in the manifest, with the reason) | {counts.get("error", 0):,} | |
 
@@ -54,8 +56,9 @@ from shards import ShardDataset
 dataset = ShardDataset("path/to/this/folder", "dad")  # or "clean"
 sample = dataset[0]  # .key .image (uint8 [3, H, W]) .label .logits (float16 [classes])
 ```
-The tars are plain WebDataset: members `KEY.{info.recipe["output"]["image"]["format"]}`, `KEY.cls` (ASCII integer), `KEY.logits.npy` (float16). `manifest.parquet` has one row
-per source sample and the size and sha256 of every tar. Logits are stored, not probabilities: choose the temperature when training.
+The tars are plain WebDataset: members `KEY.{extension}`, `KEY.cls` (ASCII integer), `KEY.logits.npy` (float16).
+`manifest.parquet` has one row per source sample and the size and sha256 of every tar.
+Logits are stored, not probabilities: choose the temperature when training.
 
 ## How it was made
 | fingerprint of | |

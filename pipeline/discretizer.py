@@ -45,17 +45,17 @@ class VQGAN(nn.Module):
         super().__init__()
         from taming.modules.diffusionmodules.model import Decoder, Encoder
 
-        shape = dict(
-            ch=config.ch,
-            out_ch=3,
-            ch_mult=config.ch_mult,
-            num_res_blocks=config.num_res_blocks,
-            attn_resolutions=list(config.attn_resolutions),
-            in_channels=3,
-            resolution=config.resolution,
-            z_channels=config.z_channels,
-            double_z=False,
-        )
+        shape = {
+            "ch": config.ch,
+            "out_ch": 3,
+            "ch_mult": config.ch_mult,
+            "num_res_blocks": config.num_res_blocks,
+            "attn_resolutions": list(config.attn_resolutions),
+            "in_channels": 3,
+            "resolution": config.resolution,
+            "z_channels": config.z_channels,
+            "double_z": False,
+        }
         self.config = config
         with contextlib.redirect_stdout(io.StringIO()):  # taming prints the shape of z
             self.encoder = Encoder(**shape)
@@ -68,9 +68,7 @@ class VQGAN(nn.Module):
     @property
     def codebook(self) -> torch.Tensor:
         """[n_embed, embed_dim]"""
-        weight = self.quantize.embedding.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight
+        return self.get_parameter("quantize.embedding.weight")
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Continuous latents [B, embed_dim, h, w] before quantization."""

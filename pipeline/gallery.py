@@ -78,10 +78,14 @@ def _draw(rows: list, headings: list[str]) -> bytes:  # type: ignore[type-arg]
                 wrong = name != label
                 mark = "REJECTED: " if wrong and column == 2 else ""
                 text = f"{mark}{name} {probability:.0%}"
-                axis.text(0.5, -0.06, text, transform=axis.transAxes, ha="center", va="top", fontsize=9, color="crimson" if wrong else "black")
+                axis.text(
+                    0.5, -0.06, text, transform=axis.transAxes, ha="center", va="top", fontsize=9, color="crimson" if wrong else "black"
+                )
             else:
                 axis.text(0.5, -0.06, f"label: {label}", transform=axis.transAxes, ha="center", va="top", fontsize=9, color="grey")
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.35 / figure.get_figheight(), bottom=0.25 / figure.get_figheight(), wspace=0.05, hspace=0.22)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.35 / figure.get_figheight(), bottom=0.25 / figure.get_figheight(), wspace=0.05, hspace=0.22
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

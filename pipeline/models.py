@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from manifests import UserError
+from manifests.devices import choose_device
 
 from .classes import ClassList
 from .discretizer import load_discretizer
@@ -57,18 +58,6 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
     teacher.to(memory_format=torch.channels_last)
     discretizer.to(memory_format=torch.channels_last)
     return Models(teacher, discretizer, device, recipe.precision == "bf16")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a recipe names; ``auto`` is the GPU when there is one. Raises UserError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not usable here ({str(error).splitlines()[0][:120]})") from error
-    return device
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:

@@ -94,9 +94,7 @@ def _batches(samples: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]
         yield batch
 
 
-def _run_batch(
-    batch: list[Prepared], shard: int, recipe: Recipe, models: Models, clean_tar: TarWriter, dad_tar: TarWriter
-) -> list[Row]:
+def _run_batch(batch: list[Prepared], shard: int, recipe: Recipe, models: Models, clean_tar: TarWriter, dad_tar: TarWriter) -> list[Row]:
     usable = [sample for sample in batch if sample.clean is not None]
     results = iter(_compute(usable, recipe, models) if usable else [])
     rows: list[Row] = []

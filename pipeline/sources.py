@@ -88,9 +88,7 @@ def plan_source(data: str, classes: ClassList, shard_size: int) -> SourcePlan:
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     plan = _plan_tars(tars, shard_size) if tars else _plan_folder(path, classes, shard_size)
     if not plan.samples:
-        raise UserError(
-            f"source.data: {path}: holds no images; expected WebDataset tars (*.tar) or one sub-folder of images per class"
-        )
+        raise UserError(f"source.data: {path}: holds no images; expected WebDataset tars (*.tar) or one sub-folder of images per class")
     return plan
 
 

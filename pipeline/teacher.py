@@ -30,6 +30,10 @@ class Teacher(nn.Module):
     ``scale`` (zero-shot), or None when the model returns logits itself.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+    head: torch.Tensor | None
+
     def __init__(
         self, model: nn.Module, *, size: int, mean: Sequence[float], std: Sequence[float], head: torch.Tensor | None, scale: float
     ) -> None:
@@ -146,6 +150,8 @@ def _timm_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
     try:
         model.load_state_dict(load_weights(path))
     except RuntimeError as error:
-        raise UserError(f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {str(error)[:200]}") from error
+        raise UserError(
+            f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {str(error)[:200]}"
+        ) from error
     config = timm.data.resolve_data_config(model=model)
     return Teacher(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], head=None, scale=1.0)

@@ -36,7 +36,7 @@ class SetSpec:
 
 SETS: dict[str, SetSpec] = {
     "train": SetSpec(styles=CLEAN, repeats=20, scene=TRAIN, about="clean styles, the students' training set"),
-    "val": SetSpec(styles=CLEAN, repeats=10, scene=TRAIN, about="clean styles, as train"),
+    "val": SetSpec(styles=CLEAN, repeats=5, scene=TRAIN, about="clean styles, as train"),
     "v2": SetSpec(styles=CLEAN, repeats=5, scene=V2, about="clean styles, other poses and backgrounds"),
     "rendition-seen": SetSpec(styles=SEEN, repeats=5, scene=TRAIN, about="styles that the teacher has seen and students have not"),
     "rendition-unseen": SetSpec(styles=UNSEEN, repeats=10, scene=TRAIN, about="styles that neither has seen"),
@@ -48,7 +48,7 @@ EVALUATION = tuple(name for name in SETS if name != "train")
 
 
 def compose(out: Path, names: tuple[str, ...] = tuple(SETS)) -> None:
-    """Write ``out/SET/SET-000000.tar …`` for every set whose ``done`` mark is missing. Interrupting it loses nothing but the set at hand."""
+    """Write ``out/SET/SET-000000.tar …`` for every set whose ``done`` mark is missing; an interrupted set is composed again."""
     glyphs = load_glyphs()
     store = Store(out)
     store.remove_stale_temporaries()

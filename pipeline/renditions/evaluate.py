@@ -11,9 +11,9 @@ from manifests.progress import progress
 from shards import decode_image, iterate_tar
 from shards.codec import to_float
 
+from ..classes import load_classes
 from ..models import load_models
 from ..recipe import load
-from ..classes import load_classes
 from .clip import TEACHER_DIR
 from .compose import EVALUATION
 

@@ -28,7 +28,9 @@ ADVERSARIAL = 0.1  # times the adaptive weight of eq. 7
 RESTART_EVERY = 100  # steps
 
 
-def train_discretizer(out: Path = ASSETS / "vqgan.safetensors", *, steps: int, batch: int, lr: float, seed: int, adversarial_from: int) -> None:
+def train_discretizer(
+    out: Path = ASSETS / "vqgan.safetensors", *, steps: int, batch: int, lr: float, seed: int, adversarial_from: int
+) -> None:
     """Train for ``steps`` batches; the discriminator joins at step ``adversarial_from``. Writes float16 safetensors."""
     torch.manual_seed(seed)
     vqgan = VQGAN(CONFIG)

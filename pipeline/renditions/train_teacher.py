@@ -61,7 +61,9 @@ def train_teacher(out: Path = TEACHER_DIR, *, steps: int, batch: int, lr: float,
             model.logit_scale.clamp_(max=4.6052)  # exp = 100, as CLIP
         running = 0.98 * running + 0.02 * loss.item()
         if step % 200 == 199:
-            bar.write(f"step {step + 1} loss {running:.3f} scale {model.logit_scale.exp().item():.1f} {(time.time() - started) / 60:.1f} min")
+            bar.write(
+                f"step {step + 1} loss {running:.3f} scale {model.logit_scale.exp().item():.1f} {(time.time() - started) / 60:.1f} min"
+            )
             save_weights(model, out)
     save_weights(model, out)
 

@@ -1,0 +1,64 @@
+# `make` alone prints the targets. Every target makes .venv first when it is not there.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+RECIPE ?= demo
+OUT ?= data/demo
+SHARDS ?= $(OUT)
+STUDENT ?= resnet18
+OBJECTIVE ?= dad
+SEED ?= 0
+ARGS ?=
+RENDITIONS := data/renditions
+
+.DEFAULT_GOAL := help
+.PHONY: help shards status verify train compare eval demo-table test lint clean
+
+help: ## print this list
+	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# .venv is whole when this file is there; setup.cfg decides what goes in.
+$(VENV)/ready: setup.cfg
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes, once)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
+	@$(RUN) -m pipeline.renditions compose --out $(RENDITIONS)
+
+# The demo composes its own images; any other recipe brings DATA.
+shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT)
+	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+status: $(VENV)/ready ## what OUT holds: done, missing, damaged
+	@$(RUN) -m pipeline status $(OUT) $(ARGS)
+
+verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
+	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
+
+train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
+	@$(RUN) -m trainer train --recipe $(RECIPE) --student $(STUDENT) --shards $(SHARDS) --objective $(OBJECTIVE) --seed $(SEED) $(ARGS)
+
+compare: ## train plain, KD and DAD students with one seed, then eval
+	@for objective in plain kd dad; do $(MAKE) --no-print-directory train OBJECTIVE=$$objective || exit; done
+	@$(MAKE) --no-print-directory eval
+
+eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in runs/ on every image set, as a table and a picture
+	@$(RUN) -m trainer eval runs --data $(if $(DATA),$(DATA),$(RENDITIONS)) $(ARGS)
+
+demo-table: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## 3 seeds of plain, KD and DAD (about an hour on two cores)
+	@$(RUN) -m trainer demo-table --recipe $(RECIPE) $(ARGS)
+
+test: $(VENV)/ready ## the test suite
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/ready ## ruff and mypy
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+
+clean: ## remove .venv and caches; data/, runs/ and reports/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,96 @@
+"""``python -m trainer``: stage 2, shards in, students out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import yaml
+
+from manifests.command import ProjectGroup, set_option
+from manifests.recipe import as_tree
+
+from .recipe import FOLDER, load
+
+
+@click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Distil students of any architecture from shards, evaluate them, compare them.
+
+    \b
+    python -m trainer train --student resnet18 --shards data/demo
+    python -m trainer eval runs
+    """
+
+
+recipe_option = click.option(
+    "--recipe",
+    default="demo",
+    show_default=True,
+    metavar="FILE|NAME",
+    help=f"A YAML file, or one of: {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}.",
+)
+data_option = click.option(
+    "--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path), help="Folder of evaluation sets."
+)
+
+
+@main.command()
+@recipe_option
+@click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
+@click.option("--shards", metavar="DIR", help="The run directory to learn from; short for --set shards=DIR.")
+@click.option("--objective", type=click.Choice(["plain", "kd", "dad"]), help="Short for --set loss.objective=….")
+@click.option("--seed", type=int, help="Short for --set seed=….")
+@click.option("--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED]")
+@set_option
+def train(
+    recipe: str,
+    student: str | None,
+    shards: str | None,
+    objective: str | None,
+    seed: int | None,
+    out: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train a student, or go on with one that was interrupted."""
+    named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
+    settings = load(recipe, [*overrides, *(f"{field}={value}" for field, value in named.items() if value is not None)])
+    from .loop import train as run  # loads torch; --help and refusals should not wait for it
+
+    run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
+
+
+@main.command("eval")
+@click.argument("runs", nargs=-1, metavar="RUNS…")
+@data_option
+@click.option("--out", default="reports", show_default=True, metavar="DIR", help="Where report.md and report.png go.")
+def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
+    """Score students on every evaluation set and set them side by side. RUNS: student directories, or folders of them [default: runs]."""
+    from .compare import compare
+
+    compare(runs or ("runs",), data, out)
+
+
+@main.command("demo-table")
+@recipe_option
+@click.option("--seeds", default=3, show_default=True)
+@data_option
+@click.option("--out", default="runs/demo-table", show_default=True, metavar="DIR")
+@set_option
+def table(recipe: str, seeds: int, data: Path, out: str, overrides: tuple[str, ...]) -> None:
+    """Train plain, KD and DAD students with several seeds and print means ± standard errors. Takes about an hour on two cores."""
+    from .compare import demo_table
+
+    demo_table(recipe, seeds, out, data, overrides)
+
+
+@main.command("recipe")
+@click.argument("recipe", metavar="FILE|NAME", default="demo")
+@set_option
+def show_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print a recipe with every field resolved."""
+    click.echo(yaml.safe_dump(as_tree(load(recipe, overrides)), sort_keys=False), nl=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m trainer")

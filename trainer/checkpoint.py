@@ -1,0 +1,119 @@
+"""A student's run directory: recipe, metrics, checkpoints. Checkpoints are tensors and numbers, read with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from manifests import Store, UserError
+from manifests.recipe import as_tree, identity
+
+from .recipe import Recipe
+from .student import Student, create_student
+
+RUN, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors", "metrics.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentInfo:
+    """``student.json``: what is needed to rebuild the student, and what it was made from."""
+
+    student: str  # timm model name
+    classes: list[str]
+    side: int  # pixels
+    mean: list[float]
+    std: list[float]
+    recipe: dict[str, Any]
+    identity: dict[str, Any]
+    shards: str  # fingerprint of the run directory that it learned from
+
+
+class StudentDir:
+    """Reads and writes one student's directory, atomically."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.store = Store(path)
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def info(self) -> StudentInfo:
+        """Raises UserError when there is no student here."""
+        if not self.store.exists(RUN):
+            raise UserError(f"{self}: no student here (no {RUN}); train one with `make train`")
+        try:
+            return StudentInfo(**json.loads(self.store.read(RUN)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.store.where(RUN)}: damaged ({error})") from error
+
+    def claim(self, info: StudentInfo) -> None:
+        """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here."""
+        if self.store.exists(RUN):
+            old = self.info()
+            if old.classes != info.classes:
+                numbers = f"{len(old.classes)} classes, the shards have {len(info.classes)}"
+                raise UserError(f"{self}: was trained on another class list ({numbers}); choose another --out")
+            if old.shards != info.shards:
+                raise UserError(f"{self}: was trained on other shards (fingerprint {old.shards}, now {info.shards}); choose another --out")
+            for name, value in info.identity.items():
+                if old.identity.get(name) != value:
+                    raise UserError(
+                        f"{self}: was trained with another recipe: {name} was {old.identity.get(name)!r}, now {value!r}; "
+                        "choose another --out, or set it back"
+                    )
+        else:
+            self.store.write(RUN, (json.dumps(asdict(info), indent=2) + "\n").encode())
+
+    def save_last(self, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.store.write(LAST, buffer.getvalue())
+
+    def load_last(self) -> dict[str, Any] | None:
+        """The last checkpoint, or None when there is none yet. Raises UserError when it is damaged."""
+        if not self.store.exists(LAST):
+            return None
+        try:
+            with self.store.open(LAST) as file:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            return state
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise UserError(
+                f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({str(error).splitlines()[0][:100]})"
+            ) from error
+
+    def save_best(self, model: nn.Module) -> None:
+        """The plain timm state dict of the student."""
+        weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        self.store.write(BEST, save(weights, metadata={"format": "pt"}))
+
+    def load_student(self) -> Student:
+        """The best checkpoint as a model. Raises UserError when training has not got that far."""
+        info = self.info()
+        if not self.store.exists(BEST):
+            raise UserError(f"{self}: has no finished epoch yet (no {BEST}); run `make train` again")
+        student = create_student(info.student, len(info.classes), info.side)
+        student.model.load_state_dict(load_file(self.path / BEST))
+        return student.eval()
+
+
+def describe(recipe: Recipe, student: Student, classes: list[str], side: int, shards: str) -> StudentInfo:
+    return StudentInfo(
+        student=recipe.student,
+        classes=classes,
+        side=side,
+        mean=student.mean.flatten().tolist(),
+        std=student.std.flatten().tolist(),
+        recipe=as_tree(recipe),
+        identity=identity(recipe),
+        shards=shards,
+    )

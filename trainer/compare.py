@@ -1,0 +1,91 @@
+"""Evaluate student directories and write the report that sets them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from manifests import Store, UserError
+from manifests.devices import choose_device, use_bf16
+
+from .checkpoint import BEST, RUN, StudentDir
+from .evaluate import RESULTS, Score, evaluate, scores_from_json, scores_to_json, sets_below
+from .loop import train
+from .recipe import load
+from .report import ORDER, Result, difference, markdown, picture, to_json, with_reference
+
+
+def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dict[str, Score]:
+    """Score the best checkpoint of a student on every set below ``data``; kept in eval.json until the checkpoint changes."""
+    info = directory.info()
+    kept = directory.path / RESULTS
+    best = directory.path / BEST
+    if kept.exists() and best.exists() and kept.stat().st_mtime >= best.stat().st_mtime:
+        scores = scores_from_json(kept.read_text())
+        if list(scores) == sets_below(data):
+            return scores
+    where = choose_device(device)
+    bf16 = use_bf16("auto", where)
+    scores = evaluate(directory.load_student().to(where), data, len(info.classes), where, bf16=bf16, label=directory.path.name)
+    directory.store.write(RESULTS, scores_to_json(scores).encode())
+    return scores
+
+
+def result_of(directory: StudentDir, data: Path) -> Result:
+    info = directory.info()
+    identity = info.identity
+    return Result(student=info.student, objective=identity["loss.objective"], seed=identity["seed"], scores=evaluate_run(directory, data))
+
+
+def find_runs(paths: Sequence[str]) -> list[StudentDir]:
+    """Student directories: those named, or below folders that are named. Raises UserError when there are none."""
+    found: list[StudentDir] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; train a student first with `make train`")
+        inside = [path] if (path / RUN).exists() else sorted(p.parent for p in path.glob(f"*/{RUN}"))
+        found += [StudentDir(p) for p in inside]
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no students here; train one with `make train`")
+    finished = [run for run in found if (run.path / BEST).exists()]
+    for run in found:
+        if run not in finished:
+            click.echo(f"{run}: left out, it has not finished an epoch yet", err=True)
+    if not finished:
+        raise UserError(f"{', '.join(map(str, paths))}: no student has finished an epoch yet; run `make train` again")
+    return finished
+
+
+def write_report(results: Sequence[Result], out: str, title: str, extra: str = "") -> str:
+    """Write report.md and report.png into ``out``; returns the Markdown table."""
+    table = markdown(results)
+    store = Store(out)
+    store.write("report.md", f"# {title}\n\n{table}{extra}\n![top-1 per set](report.png)\n".encode())
+    store.write("report.png", picture(results))
+    return table
+
+
+def compare(paths: Sequence[str], data: Path, out: str) -> None:
+    """Evaluate runs and report them, beside the committed reference rows of the same architecture."""
+    results = with_reference([result_of(run, data) for run in find_runs(paths)])
+    click.echo(write_report(results, out, "Students compared"))
+    click.echo(f"written to {out}/report.md and {out}/report.png")
+
+
+def demo_table(recipe: str, seeds: int, out: str, data: Path, overrides: Sequence[str]) -> None:
+    """Train plain, KD and DAD students with ``seeds`` seeds each, and report means, standard errors and paired differences."""
+    results = []
+    for seed in range(seeds):
+        for objective in ORDER:
+            settings = load(recipe, [*overrides, f"seed={seed}", f"loss.objective={objective}"])
+            results.append(result_of(train(settings, f"{out}/{settings.student}-{objective}-s{seed}"), data))
+    lines = ["| difference, paired by seed | " + " | ".join(results[0].scores) + " |", "|---" * (len(results[0].scores) + 1) + "|"]
+    for better, worse in (("dad", "plain"), ("dad", "kd"), ("kd", "plain")):
+        cells = " | ".join(str(difference(results, better, worse, name)) for name in results[0].scores)
+        lines.append(f"| {better} − {worse} | {cells} |")
+    extra = "\n" + "\n".join(lines) + "\n"
+    click.echo(write_report(results, out, f"Demo table: {seeds} seeds", extra) + extra)
+    Store(out).write("demo-table.json", to_json(results).encode())
+    click.echo(f"written to {out}/report.md, report.png and demo-table.json")
