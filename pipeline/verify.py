@@ -80,9 +80,9 @@ def reinfer(out: str, count: int, overrides: tuple[str, ...]) -> Iterator[str]:
                     yield f"{out}: {stream} sample {sample.key}: logits differ by {difference:.1%} of the largest from the stored ones"
                 if stream == "dad" and int(stored.argmax()) != sample.label:
                     yield f"{out}: dad sample {sample.key}: stored logits say class {int(stored.argmax())}, its label is {sample.label}"
-                now, then = int(now_logits.argmax()), int(stored.argmax())
-                if now != then and _margin(stored) > 2 * TOLERANCE[recipe.precision]:
-                    yield f"{out}: {stream} sample {sample.key}: the teacher now sees class {now}, not {then}"
+                sees, saw = int(now_logits.argmax()), int(stored.argmax())
+                if sees != saw and _margin(stored) > 2 * TOLERANCE[recipe.precision]:
+                    yield f"{out}: {stream} sample {sample.key}: the teacher now sees class {sees}, not {saw}"
 
 
 def _margin(logits: torch.Tensor) -> float:

@@ -1,0 +1,189 @@
+"""Training: one step does what eq. 9 says, an interrupted run ends in the same weights, damage stops it by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from manifests import UserError
+from shards import TrainingReader
+from trainer.checkpoint import BEST, LAST, StudentDir
+from trainer.loop import train, train_step
+from trainer.objectives import dad_loss
+from trainer.recipe import Recipe, load
+from trainer.student import create_student
+
+from .conftest import CLASSES, SIDE, write_image_set, write_run
+
+STUDENT = "test_resnet"  # timm's smallest
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def recipe(run: Path, *overrides: str) -> Recipe:
+    base = [f"shards={run}", f"student={STUDENT}", "epochs=2", "batch=8", "validation=null", "precision=fp32", "threads=1"]
+    return load("demo", [*base, *overrides])
+
+
+def last_weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = StudentDir(folder).load_last()
+    assert state is not None
+    return state["student"] | {f"average.{name}": value for name, value in state["average"].items()}
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    left, right = last_weights(a), last_weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
+    """The step's new weights equal those of SGD on the pure loss function."""
+    settings = recipe(tiny_run, "optimizer.name=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.clip=null")
+    batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
+    students = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        students.append(create_student(STUDENT, CLASSES, SIDE).train())
+    optimizer = torch.optim.SGD(students[0].parameters(), lr=0.1)
+    values = train_step(students[0], optimizer, batch, settings, 0.1, torch.device("cpu"), bf16=False, step=0)
+
+    clean, dad = batch["clean"], batch["dad"]
+    logits = students[1](torch.cat([clean.images, dad.images]).float() / 255)
+    loss = dad_loss(
+        logits[: len(clean.images)], clean.labels, clean.logits.float(), logits[len(clean.images) :], dad.logits.float(),
+        temperature=4.0, weight=0.5,
+    )  # fmt: skip
+    loss.backward()
+    assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for mine, theirs in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine, theirs - 0.1 * theirs.grad)
+
+
+def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
+    run = train(recipe(tiny_run, "epochs=12", "optimizer.lr=0.003"), str(tmp_path / "student"))
+    rows = (tmp_path / "student" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 13
+    first, last = (float(rows[i].split(",")[1]) for i in (1, -1))
+    assert last < 0.5 * first
+    assert run.load_student() is not None
+
+
+def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of an epoch, three times, each time going on from the last checkpoint."""
+    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4"]
+    train(recipe(tiny_run, *settings), str(tmp_path / "whole"))
+    command = [sys.executable, "-m", "trainer", "train", "--out", str(tmp_path / "killed")]
+    base = [f"shards={tiny_run}", f"student={STUDENT}", "validation=null", "precision=fp32", "threads=1", *settings]
+    for override in base:
+        command += ["--set", override]
+    kills = 0
+    for _ in range(3):
+        before = (tmp_path / "killed" / LAST).stat().st_mtime_ns if (tmp_path / "killed" / LAST).exists() else 0
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            path = tmp_path / "killed" / LAST
+            if path.exists() and path.stat().st_mtime_ns != before:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert kills > 0
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    assert load_file(tmp_path / "whole" / BEST).keys() == load_file(tmp_path / "killed" / BEST).keys()
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "killed")]
+    without_time = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]
+    assert without_time[0] == without_time[1]
+
+
+def test_loader_workers_do_not_change_the_result(tiny_run: Path, tmp_path: Path) -> None:
+    train(recipe(tiny_run), str(tmp_path / "none"))
+    train(recipe(tiny_run, "workers=2"), str(tmp_path / "two"))
+    assert_equal_runs(tmp_path / "none", tmp_path / "two")
+
+
+def test_student_loads_into_timm_with_the_documented_line(tiny_run: Path, tmp_path: Path) -> None:
+    run = train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
+    model = timm.create_model(STUDENT, num_classes=CLASSES, checkpoint_path=str(tmp_path / "student" / BEST)).eval()
+    images = torch.rand(2, 3, SIDE, SIDE)
+    info = run.info()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (info.mean, info.std))
+    torch.testing.assert_close(model((images - mean) / std), run.load_student()(images))
+
+
+def test_best_checkpoint_is_chosen_by_validation(tiny_run: Path, tmp_path: Path) -> None:
+    validation = write_image_set(tmp_path / "val")
+    train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
+    header = (tmp_path / "student" / "metrics.csv").read_text().splitlines()[0]
+    assert "val_top1" in header
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_damaged_shards_stop_training_by_name(tmp_path: Path, harm: str) -> None:
+    run = write_run(tmp_path / "run")
+    tar = run / "dad" / "dad-000001.tar"
+    data = bytearray(tar.read_bytes())
+    if harm == "flip":
+        data[700] ^= 1
+        tar.write_bytes(data)
+    elif harm == "truncate":
+        tar.write_bytes(data[: len(data) // 1024 * 512])
+    else:
+        tar.unlink()
+    with pytest.raises(UserError, match="dad-000001.tar"):
+        train(recipe(run), str(tmp_path / "student"))
+    # The same without the check at the start: the read itself finds out.
+    with pytest.raises(UserError, match="dad-000001.tar"):
+        train(recipe(run, "check_shards=false"), str(tmp_path / "student"))
+
+
+def test_another_recipe_or_class_list_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
+    with pytest.raises(UserError, match=r"loss\.temperature was 4\.0, now 2\.0"):
+        train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(tmp_path / "student"))
+    other = write_run(tmp_path / "other", classes=7)
+    with pytest.raises(UserError, match="another class list"):
+        train(recipe(other, "epochs=1"), str(tmp_path / "student"))
+
+
+def test_unknown_student_gets_near_names(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'resnet18'"):
+        train(recipe(tiny_run, "student=resnet_18"), str(tmp_path / "student"))
+
+
+def test_label_outside_the_class_list_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    validation = write_image_set(tmp_path / "val", classes=9)
+    with pytest.raises(UserError, match="has label 5, the student knows 5 classes"):
+        train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_keys(tiny_run: Path) -> None:
+    batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
+    batch["dad"].logits[0, 0] = float("nan")
+    student = create_student(STUDENT, CLASSES, SIDE)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=batch["dad"].keys[0]):
+        train_step(student, optimizer, batch, recipe(tiny_run), 0.1, torch.device("cpu"), bf16=False, step=3)
+
+
+def test_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
+    path = tmp_path / "student" / LAST
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.pt"):
+        train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
+    shutil.rmtree(tmp_path / "student")
