@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -29,10 +30,13 @@ class ProjectGroup(click.Group):
         signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, click.UsageError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # the reader of a pipe (head, less) has left
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             if debug:
                 traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_one_line(error)}", err=True)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt:
             if debug:
@@ -40,9 +44,16 @@ class ProjectGroup(click.Group):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it now
             click.echo("\ninterrupted: finished work is kept; run the same command again to go on", err=True)
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:  # the reader of a pipe (head, less) has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "the command"
+        return f"{error.format_message().rstrip('.')}; see {command} --help"
+    if isinstance(error, OSError) and error.strerror:
+        hint = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error.filename or 'file system'}: {error.strerror.lower()}{hint}"
+    return str(error)
 
 
 def _terminate(_signal: int, _frame: Any) -> None:

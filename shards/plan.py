@@ -29,15 +29,6 @@ def epoch_order(shards: np.ndarray, *, seed: int, epoch: int, window: int, strea
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
-def batch_bounds(samples: int, steps: int, step: int) -> tuple[int, int]:
-    """Where global batch ``step`` begins and ends in the order when ``samples`` are spread over ``steps`` batches of equal size.
-
-    The remainder, fewer than ``steps`` samples, is left out; as the order changes, so does who is left out.
-    """
-    size = samples // steps
-    return step * size, (step + 1) * size
-
-
 def rank_slice(begin: int, end: int, rank: int, world: int) -> tuple[int, int]:
     """The part of a global batch that belongs to one rank; the parts of all ranks differ by at most one sample."""
     size = end - begin

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from manifests import UserError
 
 from .dataset import LabelledImage, ShardDataset, StreamName
-from .plan import batch_bounds, epoch_order, rank_slice
+from .plan import epoch_order, rank_slice
 from .seeds import seeded_generator
 
 
@@ -59,6 +59,9 @@ class TrainingReader:
         self.steps = len(first) // batch_size
         if self.steps == 0:
             raise UserError(f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch_size")
+        # The remainder, fewer than `steps` samples of a stream, is left out; as the order changes, so does who is left out.
+        self.sizes = {stream: len(dataset) // self.steps for stream, dataset in self.datasets.items()} | {streams[0]: batch_size}
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
                 raise UserError(
@@ -73,10 +76,8 @@ class TrainingReader:
 
     def indices(self, stream: str, epoch: int, step: int) -> np.ndarray:
         """Which samples of a stream this rank reads in global batch ``step``."""
-        dataset = self.datasets[stream]
-        begin, end = rank_slice(*batch_bounds(len(dataset), self.steps, step), self.rank, self.world)
-        if stream == next(iter(self.datasets)):
-            begin, end = rank_slice(step * self.batch_size, (step + 1) * self.batch_size, self.rank, self.world)
+        size = self.sizes[stream]
+        begin, end = rank_slice(step * size, (step + 1) * size, self.rank, self.world)
         return self._order(stream, epoch)[begin:end]
 
     def batches(self, epoch: int, start: int = 0, *, workers: int = 0, transform: Transform | None = None) -> Iterator[Batch]:
@@ -98,11 +99,10 @@ class TrainingReader:
             yield batch
 
     def _order(self, stream: str, epoch: int) -> np.ndarray:
-        cache: dict[str, tuple[int, np.ndarray]] = self.__dict__.setdefault("_orders", {})
-        if stream not in cache or cache[stream][0] != epoch:
+        if self._orders.get(stream, (-1,))[0] != epoch:
             shards = self.datasets[stream].shards
-            cache[stream] = (epoch, epoch_order(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream))
-        return cache[stream][1]
+            self._orders[stream] = (epoch, epoch_order(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream))
+        return self._orders[stream][1]
 
 
 class _EpochBatches(Dataset[Any]):
