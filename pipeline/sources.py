@@ -73,7 +73,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """The pieces of a source, in order, and a fingerprint of all keys."""
+    """The pieces of a source, in order, and a fingerprint of all keys and sizes."""
 
     pieces: tuple[Piece, ...]
     samples: int
@@ -106,19 +106,20 @@ def folder_key(file: str) -> str:
 
 
 class _Keys:
-    """Sees every key once: finds repeats and makes the fingerprint. Holds 8 bytes a key."""
+    """Sees every sample once: finds repeated keys, and makes a fingerprint of keys and sizes. Holds 8 bytes a key."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.seen: set[int] = set()
 
-    def add(self, key: str, where: str) -> None:
+    def add(self, key: str, where: str, *rest: int) -> None:
+        """``rest``: what else the fingerprint shall cover, such as the label or the size."""
         data = key.encode()
         short = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         if short in self.seen:
             raise UserError(f"{where}: key {key!r} occurs twice in the source; keys must be unique over all its tars")
         self.seen.add(short)
-        self.digest.update(data + b"\n")
+        self.digest.update(f"{key} {rest}\n".encode())
 
 
 def _plan_tars(tars: list[Path], shard_size: int) -> SourcePlan:
@@ -127,7 +128,7 @@ def _plan_tars(tars: list[Path], shard_size: int) -> SourcePlan:
         with open(path, "rb") as file:
             offsets = []
             for offset, key in index_tar(file, str(path)):
-                keys.add(clean_key(key), str(path))
+                keys.add(clean_key(key), str(path), offset)
                 offsets.append(offset)
         for first in range(0, len(offsets), shard_size):
             count = min(shard_size, len(offsets) - first)
@@ -152,8 +153,7 @@ def _plan_folder(root: Path, classes: ClassList, shard_size: int) -> SourcePlan:
     files.sort(key=lambda file: hashlib.sha256(file[0].encode()).digest())
     keys = _Keys()
     for name, label in files:
-        keys.add(folder_key(name), str(root / name))
-        keys.digest.update(str(label).encode())
+        keys.add(folder_key(name), str(root / name), label, (root / name).stat().st_size)
     pieces = [
         Piece(name=f"{root.name}[{first}:{first + len(part)}]", path=root, count=len(part), files=tuple(part))
         for first in range(0, len(files), shard_size)
