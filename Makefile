@@ -14,7 +14,7 @@ ARGS ?=
 RENDITIONS := data/renditions
 
 .DEFAULT_GOAL := help
-.PHONY: help shards status verify train compare eval demo-table test lint clean
+.PHONY: help renditions shards status verify train compare eval demo-table test lint clean
 
 help: ## print this list
 	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
@@ -29,6 +29,8 @@ $(VENV)/ready: setup.cfg
 
 $(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
 	@$(RUN) -m pipeline.renditions compose --out $(RENDITIONS)
+
+renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (train, val, renditions, sketches)
 
 # The demo composes its own images; any other recipe brings DATA.
 shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT)

@@ -45,7 +45,7 @@ def read_set(folder: Path, classes: int) -> Iterator[tuple[torch.Tensor, int]]:
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise UserError(f"{folder}: no image set here (no *.tar); `make data/renditions` composes the demo's")
+        raise UserError(f"{folder}: no image set here (no *.tar); `make renditions` composes the demo's")
     for tar in tars:
         with open(tar, "rb") as file:
             for _, sample in iterate_tar(file, str(tar)):
@@ -86,7 +86,7 @@ def score_set(model: nn.Module, folder: Path, classes: int, device: torch.device
 def sets_below(data: Path) -> list[str]:
     """Names of the evaluation sets of a data folder: every sub-folder with tars but ``train``; val and v2 first."""
     if not data.is_dir():
-        raise UserError(f"{data}: no such folder; `make data/renditions` composes the demo's sets")
+        raise UserError(f"{data}: no such folder; `make renditions` composes the demo's sets")
     names = [path.name for path in data.iterdir() if path.name != "train" and any(path.glob("*.tar"))]
     if not names:
         raise UserError(f"{data}: holds no evaluation sets (sub-folders of *.tar)")

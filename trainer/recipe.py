@@ -35,6 +35,10 @@ class Augmentation:
     """Probability of a horizontal flip."""
     crop: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Smallest side of a random square crop, as a fraction of the image; it is resized back. 1: no crop."""
+    colour: Share = 0.0
+    """Strength of colour jitter: brightness, contrast and saturation are scaled by random factors in 1 ± colour."""
+    grey: Share = 0.0
+    """Probability of turning an image grey."""
 
 
 @recipe_dataclass
