@@ -11,6 +11,8 @@ STUDENT ?= resnet18
 OBJECTIVE ?= dad
 SEED ?= 0
 ARGS ?=
+# Two busy processes on the same cores would otherwise spin against each other, at a tenth of the speed.
+export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
 
 .DEFAULT_GOAL := help

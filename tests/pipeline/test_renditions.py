@@ -48,7 +48,7 @@ def test_world_is_as_described(glyphs: Glyphs) -> None:
     assert all(len(glyphs[style]) == 100 for style in CLEAN)
     assert all(len(glyphs[style]) > 75 for style in STYLES)
     assert not set(UNSEEN) & set(TEACHER)
-    assert 20 * 3 * 100 == len(CLEAN) * SETS["train"].repeats * len(CLASSES)  # 6,000 training images
+    assert len(CLEAN) * SETS["train"].repeats * len(CLASSES) == 20 * 3 * 100  # 6,000 training images
     assert load_classes(TEACHER_DIR / "prompts.yaml").names == tuple(map(display_name, CLASSES))
 
 

@@ -1,0 +1,247 @@
+"""Random access to one stream: what was written comes back, what was altered is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from manifests import RunDir, UserError
+from shards import ShardDataset, decode_image, iterate_tar
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.mark.parametrize("stream", ["clean", "dad"])
+def test_the_samples_of_a_stream(plain_run: Path, stream: Any) -> None:
+    """Every sample of the stream in the order of the source: key, label, logits and image as the tars hold them."""
+    dataset = ShardDataset(str(plain_run), stream)
+    expected = []
+    for path in sorted((plain_run / stream).glob("*.tar")):
+        with open(path, "rb") as file:
+            expected += [sample for _, sample in iterate_tar(file, str(path))]
+    assert len(dataset) == len(expected) > 25
+    for n, sample in enumerate(expected):
+        found = dataset[n]
+        assert found.key == dataset.key(n) == sample.key and found.label == int(sample.members["cls"]) == dataset.labels[n]
+        assert found.logits.dtype == torch.float16 and found.logits.shape == (5,)
+        assert np.array_equal(found.logits.numpy(), np.load(io.BytesIO(sample.members["logits.npy"])))
+        assert found.image is not None and torch.equal(found.image, decode_image(sample.members["png"]))
+    for index in (len(dataset), -1):
+        with pytest.raises(IndexError):
+            dataset[index]
+    assert [sample.key for sample in dataset] == [sample.key for sample in expected]  # type: ignore[attr-defined]
+
+
+def test_class_names_come_along(finished_run: Path, world) -> None:  # type: ignore[no-untyped-def]
+    """The three lines of the README: a label is an index into the run's own class list."""
+    import yaml
+
+    dataset = ShardDataset(str(finished_run), "dad")
+    assert dataset.classes == yaml.safe_load((world.clip / "prompts.yaml").read_text())["classes"]
+    sample = dataset[0]
+    assert world.labels[sample.key] == sample.label and sample.logits.argmax() == sample.label
+    assert sample.image is not None and sample.image.shape == (3, 32, 32)
+
+
+def test_labels_only(make_run: MakeRun, tmp_path: Path) -> None:
+    """A run without clean images has labels and logits; image is None."""
+    dataset = ShardDataset(str(make_run(tmp_path / "run", images=False)), "clean")
+    assert dataset[0].image is None and dataset[0].logits.shape == (5,)
+
+
+def test_from_an_object_store(make_run: MakeRun, plain_run: Path) -> None:
+    """The same samples from a URL as from a folder."""
+    make_run("memory://dataset/run")
+    near, far = ShardDataset(str(plain_run), "dad"), ShardDataset("memory://dataset/run", "dad")
+    assert len(near) == len(far)
+    for a, b in zip(near, far, strict=True):  # type: ignore[call-overload]
+        assert a.key == b.key and torch.equal(a.image, b.image) and torch.equal(a.logits, b.logits)
+    far.check()
+    far.run.store.fs.rm_file(far.run.store._full("dad/dad-000002.tar"))
+    with pytest.raises(UserError, match=r"memory://dataset/run/dad/dad-000002\.tar: missing"):
+        list(far)  # type: ignore[call-overload]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "header": (lambda path: flip(path, 1), "not the one that was written"),
+    "image": (lambda path: flip(path, 600), "not the one that was written"),
+    "padding": (lambda path: flip(path, 511), "not the one that was written"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated"),
+    "emptied": (lambda path: path.write_bytes(b""), "truncated"),
+    "removed": (lambda path: path.unlink(), "missing"),
+    "swapped": (lambda path: shutil.copy(path.with_name("dad-000000.tar"), path), "not the one that was written|truncated"),
+}
+
+
+@pytest.fixture
+def copy(plain_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain_run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(copy: Path, damage: str) -> None:
+    """Reading the damaged tar raises a UserError that names it; `check` finds it before anything is read; other tars still read."""
+    act, reason = DAMAGE[damage]
+    path = copy / "dad" / "dad-000003.tar"
+    act(path)
+    dataset = ShardDataset(str(copy), "dad")
+    first = int(np.flatnonzero(dataset.shards == 3)[0])
+    with pytest.raises(UserError, match=f"^{path}: .*({reason})") as caught:
+        dataset[first]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"^{path}: .*make shards"):
+        dataset.check(progress=False)
+    dataset[0]
+    ShardDataset(str(copy), "clean").check(progress=False)
+
+
+def test_a_flip_behind_the_samples(copy: Path) -> None:
+    """In the trailing zeros no sample is hurt, but the tar is not what was written: `check` by content says so, by size it cannot."""
+    path = copy / "dad" / "dad-000001.tar"
+    flip(path, path.stat().st_size - 1)
+    dataset = ShardDataset(str(copy), "dad")
+    assert len(list(dataset)) == len(dataset)  # type: ignore[call-overload]
+    dataset.check(content=False, progress=False)
+    with pytest.raises(UserError, match=f"^{path}: its sha256"):
+        dataset.check(progress=False)
+
+
+def test_a_repaired_tar_is_read_in_the_same_process(copy: Path) -> None:
+    """After `make shards` has put a good tar in place of a damaged one, reading goes on without a restart."""
+    path = copy / "dad" / "dad-000000.tar"
+    good = path.read_bytes()
+    flip(path, 600)
+    dataset = ShardDataset(str(copy), "dad")
+    with pytest.raises(UserError):
+        dataset[0]
+    (copy / "new").write_bytes(good)
+    (copy / "new").rename(path)
+    assert dataset[0].key == dataset.key(0)
+
+
+def test_runs_that_are_not_there_or_not_sealed(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory here"):
+        ShardDataset(str(tmp_path / "nothing"))
+    (copy / "manifest.parquet").unlink()
+    with pytest.raises(UserError, match="not complete yet"):
+        ShardDataset(str(copy))
+
+
+def test_an_edited_manifest(copy: Path) -> None:
+    """manifest.parquet is only believed with the sha256 that run.json has of it."""
+    flip(copy / "manifest.parquet", 100)
+    with pytest.raises(UserError, match=r"manifest\.parquet: is not the one that was sealed"):
+        ShardDataset(str(copy))
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def npy(array: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(5, np.float16))
+    return buffer.getvalue()
+
+
+HOSTILE: dict[str, Callable[[Path], dict[str, bytes]]] = {
+    "label is no number": lambda target: {"cls": b"ant"},
+    "label is empty": lambda target: {"cls": b""},
+    "label outside the class list": lambda target: {"cls": b"5"},
+    "label is negative": lambda target: {"cls": b"-1"},
+    "logits are pickled objects": lambda target: {"logits.npy": npy(np.array([Trap(target)], dtype=object), allow_pickle=True)},
+    "logits are a bare pickle": lambda target: {"logits.npy": pickle.dumps(Trap(target))},
+    "logits are a zip": lambda target: {"logits.npy": archive()},
+    "logits of another type": lambda target: {"logits.npy": npy(np.zeros(5, np.float32))},
+    "logits of other classes": lambda target: {"logits.npy": npy(np.zeros(3, np.float16))},
+    "logits of too many dimensions": lambda target: {"logits.npy": npy(np.zeros((2, 2, 5), np.float16))},
+    "no image": lambda target: {"png": b"<html>"},
+    "an image of a billion pixels": lambda target: {
+        "png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes([0, 0, 255, 0] * 2) + b"\x08\2\0\0\0" + bytes(40)
+    },
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_runs(make_run: MakeRun, tmp_path: Path, case: str) -> None:
+    """A published run may hold anything under right checksums: reading it is a UserError that names tar and key, and runs nothing."""
+    target = tmp_path / "pwned"
+
+    def edit(stream: str, key: str, members: dict[str, bytes]) -> dict[str, bytes]:
+        return members | HOSTILE[case](target) if key == "s1-02" else members
+
+    out = make_run(tmp_path / "run", edit=edit)
+    dataset = ShardDataset(str(out), "dad")
+    dataset.check(progress=False)
+    index = next(n for n in range(len(dataset)) if dataset.key(n) == "s1-02")
+    with pytest.raises(UserError, match=r"dad-000001\.tar: .*s1-02") as caught:
+        dataset[index]
+    assert "\n" not in str(caught.value) and not target.exists()
+    dataset[index - 1]
+
+
+@pytest.mark.parametrize("missing", ["cls", "logits.npy"])
+def test_samples_without_label_or_logits(make_run: MakeRun, tmp_path: Path, missing: str) -> None:
+    def edit(stream: str, key: str, members: dict[str, bytes]) -> dict[str, bytes]:
+        return {name: data for name, data in members.items() if name != missing}
+
+    with pytest.raises(UserError, match=r"dad-000000\.tar: s0-00: has no"):
+        ShardDataset(str(make_run(tmp_path / "run", edit=edit)), "dad")[0]
+
+
+def test_unknown_members_are_ignored(make_run: MakeRun, tmp_path: Path) -> None:
+    """Pickles, modules and texts beside the known members are neither looked at nor run."""
+    target = tmp_path / "pwned"
+    extra = {"pkl": pickle.dumps(Trap(target)), "pyd": b"MZ", "pth": b"import os; os.mkdir('pwned')", "json": b"{", "codes.npy": b"?"}
+    dataset = ShardDataset(str(make_run(tmp_path / "run", edit=lambda stream, key, members: extra | members)), "dad")
+    assert len([sample.image for sample in dataset]) == len(dataset) and not target.exists()  # type: ignore[attr-defined]
+
+
+def test_a_manifest_that_points_elsewhere(copy: Path) -> None:
+    """A manifest re-made to name tars outside the run is refused or fails inside the run: no other file is read."""
+    run = RunDir(copy)
+    table, tars = run.manifest()
+    secret = copy.parent / "secret.tar"
+    shutil.copy(copy / "dad" / "dad-000000.tar", secret)
+    import dataclasses
+
+    from manifests.rows import encode_table
+
+    moved = [dataclasses.replace(tar, name="dad/../../secret-0.tar") if tar.name == "dad/dad-000000.tar" else tar for tar in tars]
+    secret.rename(copy.parent / "secret-0.tar")
+    data = encode_table(table, {"run": run.info().fingerprint, "tars": [dataclasses.asdict(tar) for tar in moved]})
+    (copy / "manifest.parquet").write_bytes(data)
+    tree = json.loads((copy / "run.json").read_text())
+    tree["manifest_sha256"] = hashlib.sha256(data).hexdigest()
+    (copy / "run.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError):
+        ShardDataset(str(copy), "dad")[0]

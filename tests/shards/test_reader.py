@@ -1,0 +1,217 @@
+"""Batches for training: exact epochs, whatever the workers and ranks, from wherever one goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from manifests import UserError
+from shards import Batch, ShardDataset, TrainingReader
+
+
+def reader(run: Path, batch_size: int = 7, **options) -> TrainingReader:  # type: ignore[no-untyped-def]
+    return TrainingReader(str(run), **{"batch_size": batch_size, "seed": 1, "window": 2, **options})
+
+
+def keys(batches: list[Batch]) -> list[dict[str, list[str]]]:
+    return [{stream: half.keys for stream, half in batch.items()} for batch in batches]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    """Whether two lists of batches are equal to the bit."""
+    return keys(first) == keys(second) and all(
+        torch.equal(getattr(a[stream], name), getattr(b[stream], name))
+        for a, b in zip(first, second, strict=True)
+        for stream in a
+        for name in ("images", "labels", "logits")
+    )
+
+
+def test_a_batch(plain_run: Path) -> None:
+    """What a batch holds is what the dataset has under these keys."""
+    by_key = {stream: {s.key: s for s in ShardDataset(str(plain_run), stream)} for stream in ("clean", "dad")}  # type: ignore[arg-type, attr-defined]
+    for batch in reader(plain_run).batches(0):
+        assert list(batch) == ["clean", "dad"] and len(batch["clean"].keys) == 7
+        for stream, half in batch.items():
+            assert half.images.dtype == torch.uint8 and half.images.shape == (len(half.keys), 3, 8, 8)
+            assert half.labels.dtype == torch.int64 and half.logits.dtype == torch.float16
+            for n, key in enumerate(half.keys):
+                sample = by_key[stream][key]
+                assert sample.image is not None and torch.equal(half.images[n], sample.image)
+                assert half.labels[n] == sample.label and torch.equal(half.logits[n], sample.logits)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 16, 48])
+def test_an_epoch_sees_every_sample_once(plain_run: Path, batch_size: int) -> None:
+    """Every clean sample once less the remainder below one batch; both streams end together; the DAD share is the same in every batch."""
+    made = reader(plain_run, batch_size, streams=("clean", "dad")) if batch_size > 1 else reader(plain_run, batch_size, streams=("clean",))
+    clean, dad = len(made.datasets["clean"]), len(made.datasets.get("dad", []))  # type: ignore[arg-type]
+    for epoch in range(2):
+        batches = list(made.batches(epoch))
+        assert len(batches) == made.steps == clean // batch_size
+        seen = Counter(key for batch in batches for key in batch["clean"].keys)
+        assert max(seen.values()) == 1 and clean - len(seen) == clean % batch_size < batch_size
+        if dad:
+            seen = Counter(key for batch in batches for key in batch["dad"].keys)
+            assert max(seen.values()) == 1 and dad - len(seen) < made.steps
+            assert {len(batch["dad"].keys) for batch in batches} == {dad // made.steps}
+
+
+def test_who_is_left_out_changes(plain_run: Path) -> None:
+    """Over the epochs every sample gets its turn."""
+    made = reader(plain_run, 13)
+    seen = {stream: {key for epoch in range(12) for batch in made.batches(epoch) for key in batch[stream].keys} for stream in made.datasets}
+    assert {stream: len(found) for stream, found in seen.items()} == {stream: len(d) for stream, d in made.datasets.items()}
+
+
+def test_epochs_and_seeds_differ(plain_run: Path) -> None:
+    first = keys(list(reader(plain_run).batches(0)))
+    assert first == keys(list(reader(plain_run).batches(0)))
+    assert first != keys(list(reader(plain_run).batches(1))) and first != keys(list(reader(plain_run, seed=2).batches(0)))
+
+
+def noisy(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random augmentation."""
+    return (images.float() + torch.randint(0, 99, images.shape, generator=generator)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_does_not_matter(plain_run: Path, workers: int) -> None:
+    """The same batches, in the same order, with the same random augmentation, for 0 and any number of workers."""
+    expected = list(reader(plain_run).batches(3, transform=noisy))
+    assert same(list(reader(plain_run).batches(3, workers=workers, transform=noisy)), expected)
+    assert not torch.equal(expected[0]["clean"].images, next(reader(plain_run).batches(3))["clean"].images)
+
+
+def dice(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random numbers in place of the images."""
+    return torch.randint(0, 256, (len(images), 64), generator=generator, dtype=torch.uint8)
+
+
+def test_every_batch_is_augmented_differently(plain_run: Path) -> None:
+    """Two batches of an epoch, two epochs, two streams, two ranks, two seeds: never the same random numbers."""
+    readers = [reader(plain_run), reader(plain_run, rank=1, world=2), reader(plain_run, seed=2)]
+    drawn = [
+        half.images[0] for made in readers for epoch in (0, 1) for batch in made.batches(epoch, transform=dice) for half in batch.values()
+    ]
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) == 3 * 2 * 6 * 2
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 6])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_in_mid_epoch(plain_run: Path, start: int, workers: int) -> None:
+    """A fresh reader, told (epoch, batches consumed), gives exactly the batches that were still to come."""
+    whole = list(reader(plain_run).batches(1, transform=noisy))
+    assert len(whole) == 6
+    assert same(list(reader(plain_run).batches(1, start, workers=workers, transform=noisy)), whole[start:])
+
+
+def test_the_state_is_two_integers(plain_run: Path) -> None:
+    """A reader that has read other epochs, or been left in the middle of one, gives the same as a fresh one."""
+    used = reader(plain_run)
+    next(used.batches(5))
+    list(used.batches(0, 3))
+    assert same(list(used.batches(2, 1)), list(reader(plain_run).batches(2, 1)))
+
+
+def test_two_epochs_at_a_time(plain_run: Path) -> None:
+    """Iterators of two epochs of one reader, read in turn, do not disturb each other."""
+    shared = reader(plain_run)
+    first, second = shared.batches(0), shared.batches(1)
+    mixed = [(next(first), next(second)) for _ in range(6)]
+    assert same([a for a, _ in mixed], list(reader(plain_run).batches(0)))
+    assert same([b for _, b in mixed], list(reader(plain_run).batches(1)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_every_global_batch(plain_run: Path, world: int) -> None:
+    """Every rank takes the same number of steps; put together, in order, their parts are the batches of one rank alone."""
+    alone = keys(list(reader(plain_run).batches(0)))
+    ranks = [keys(list(reader(plain_run, rank=rank, world=world).batches(0))) for rank in range(world)]
+    assert {len(found) for found in ranks} == {len(alone)}
+    for step, batch in enumerate(alone):
+        for stream, expected in batch.items():
+            parts = [ranks[rank][step][stream] for rank in range(world)]
+            assert [key for part in parts for key in part] == expected
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_resuming_on_other_ranks_and_workers(plain_run: Path) -> None:
+    """Begun on 3 ranks, gone on with on 2 with workers: the same samples as without interruption."""
+    whole = keys(list(reader(plain_run).batches(0)))
+    before = [keys(list(reader(plain_run, rank=rank, world=3).batches(0)))[:2] for rank in range(3)]
+    after = [keys(list(reader(plain_run, rank=rank, world=2).batches(0, 2, workers=1))) for rank in range(2)]
+    for stream in ("clean", "dad"):
+        joined = [[key for part in before for key in part[step][stream]] for step in range(2)]
+        joined += [[key for part in after for key in part[step][stream]] for step in range(4)]
+        assert joined == [batch[stream] for batch in whole]
+
+
+def test_windows_bound_what_is_open(plain_run: Path) -> None:
+    """With windows of two shards, a stretch of an epoch touches few tars; the first batch at most those of the first window."""
+    for epoch in range(5):
+        first = next(reader(plain_run, streams=("clean",)).batches(epoch))
+        assert len({key.split("-")[0] for key in first["clean"].keys}) <= 2
+
+
+def test_one_stream_alone(plain_run: Path) -> None:
+    """clean alone (plain training, KD) is the clean half of both; dad alone reads too."""
+    both = [{"clean": batch["clean"]} for batch in reader(plain_run).batches(0)]
+    assert same(list(reader(plain_run, streams=("clean",)).batches(0)), both)
+    assert list(next(reader(plain_run, streams=("dad",)).batches(0))) == ["dad"]
+
+
+def test_too_few_samples(plain_run: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Fewer clean samples than one batch, fewer DAD samples than batches, fewer of a batch than ranks: refused; what is advised works."""
+    with pytest.raises(UserError, match="48 clean samples are fewer than one batch of 49; lower batch_size"):
+        reader(plain_run, 49)
+    with pytest.raises(UserError, match=r"only \d+ dad samples for 48 batches an epoch; raise batch_size to (\d+) or more") as caught:
+        reader(plain_run, 1)
+    advised = int(str(caught.value).split("raise batch_size to ")[1].split()[0])
+    assert reader(plain_run, advised).steps > 1
+    with pytest.raises(UserError, match="raise batch_size"):
+        reader(plain_run, 2, world=3, streams=("clean",))
+    nothing = make_run(tmp_path / "run", sizes=(2, 2), edit=None)
+    assert reader(nothing, 2).steps == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_stops_training_by_name(plain_run: Path, tmp_path: Path, damage: str, workers: int) -> None:
+    """A tar that is altered, cut off or missing is named by a plain UserError, also from within a worker; no stack trace is inside."""
+    copy = Path(shutil.copytree(plain_run, tmp_path / "run"))
+    path = copy / "clean" / "clean-000002.tar"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[700] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(data[:1000])
+    else:
+        path.unlink()
+    made = reader(copy)
+    with pytest.raises(UserError, match=f"^{path}: ") as caught:
+        made.check()
+    with pytest.raises(UserError, match=f"^{path}: ") as caught:
+        list(made.batches(0, workers=workers))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_labels_only_runs_are_refused(make_run: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    """Training needs images: a run that stores labels only says so, and how to make it with images."""
+    made = reader(make_run(tmp_path / "run", images=False), streams=("clean",))
+    with pytest.raises(UserError, match=r"labels only.*output\.clean_images=true"):
+        next(made.batches(0, workers=workers))
+
+
+def test_from_an_object_store(plain_run: Path, make_run: Callable[..., Path]) -> None:
+    """The same batches from a URL as from a folder."""
+    make_run("memory://reader/run")
+    far = TrainingReader("memory://reader/run", batch_size=7, seed=1, window=2)
+    assert same(list(far.batches(0)), list(reader(plain_run).batches(0)))
