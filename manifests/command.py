@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -24,6 +25,14 @@ class ProjectGroup(click.Group):
         super().__init__(*args, **kwargs)
         debug = click.Option(["--debug"], is_flag=True, help="Show the stack trace of an error.")
         self.params.append(debug)
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        try:
+            status = super().main(args, prog_name, **(extra | {"standalone_mode": False}))
+        except click.UsageError as error:  # in options that come before the command; click itself would take four lines
+            click.echo(f"error: {_one_line(error)}", err=True)
+            sys.exit(USER_ERROR)
+        sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug", False)

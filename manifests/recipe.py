@@ -5,6 +5,7 @@ A recipe class is a `recipe_dataclass`; pydantic checks the types and bounds, th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -35,7 +36,7 @@ class Execution:
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def recipe_dataclass(cls: type[R]) -> type[R]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields. Docstrings of fields are kept."""
-    config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
 
 
@@ -56,10 +57,10 @@ def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of a recipe's mapping with ``field.sub=value`` overrides; values are YAML. Raises UserError."""
-    copy: dict[str, Any] = json.loads(json.dumps(tree))
+    changed: dict[str, Any] = copy.deepcopy(dict(tree))
     for override in overrides:
-        _set(copy, override)
-    return copy
+        _set(changed, override)
+    return changed
 
 
 def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str) -> R:

@@ -86,12 +86,17 @@ def decode_table(data: bytes, where: str) -> tuple[pa.Table, dict[str, Any]]:
     try:
         table = pq.read_table(io.BytesIO(data))
         meta = json.loads((table.schema.metadata or {})[_META])
+        if not isinstance(meta, dict):
+            raise ValueError("its metadata are no mapping")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(f"{where}: damaged, or not a manifest of this project ({' '.join(str(error).split())[:100]})") from error
     missing = [name for name in SCHEMA.names if name not in table.schema.names]
     if missing:
         raise UserError(f"{where}: columns missing: {', '.join(missing)}")
-    return table.select(SCHEMA.names).cast(SCHEMA), meta
+    try:
+        return table.select(SCHEMA.names).cast(SCHEMA), meta
+    except pa.ArrowException as error:
+        raise UserError(f"{where}: columns of other types ({' '.join(str(error).split())[:100]})") from error
 
 
 def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartRecord]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pydantic
 
 from .errors import UserError
 from .recipe import fingerprint
@@ -23,6 +25,7 @@ from .store import Store
 
 MANIFEST = "manifest.parquet"
 RUN = "run.json"
+TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 FORMAT = 1  # of the run directory; readers refuse others
 
 
@@ -73,9 +76,10 @@ class RunDir:
             tree = json.loads(self.store.read(RUN))
             if tree.get("format") != FORMAT:
                 raise UserError(f"{self.store.where(RUN)}: format {tree.get('format')!r}, this version reads format {FORMAT}")
-            return RunInfo(**tree)
+            return pydantic.TypeAdapter(RunInfo).validate_json(self.store.read(RUN), strict=True)
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.store.where(RUN)}: damaged ({error}); restore it or make the run anew") from error
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{self.store.where(RUN)}: damaged ({reason}); restore it or make the run anew") from error
 
     def write_info(self, info: RunInfo) -> None:
         self.store.write(RUN, (json.dumps(asdict(info), indent=2) + "\n").encode())
@@ -159,7 +163,10 @@ class RunDir:
             raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})")
         if table.num_rows != info.samples:
             raise UserError(f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples")
-        return table, [TarRecord(**tar) for tar in meta["tars"]]
+        tars = [TarRecord(**tar) for tar in meta["tars"]]
+        if odd := [tar.name for tar in tars if not TAR_NAME.fullmatch(tar.name)]:
+            raise UserError(f"{self.store.where(MANIFEST)}: names {odd[0]!r}, which is no tar of a run directory")
+        return table, tars
 
 
 def count_statuses(counts: Mapping[str, int]) -> str:

@@ -30,7 +30,10 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/")
-        self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.url}: cannot open URLs of this kind ({error})") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def __str__(self) -> str:
@@ -69,7 +72,9 @@ class Store:
         if not self.is_local:
             data: bytes = self.fs.cat_file(self._full(name), start=offset, end=offset + size)
             return data
-        return os.pread(_descriptor(self._full(name), os.getpid()).fileno(), size, offset)
+        path = self._full(name)
+        found = Path(path).stat()  # a file that was replaced is opened anew
+        return os.pread(_descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns).fileno(), size, offset)
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in a folder, without temporary ones; empty if there is no such folder."""
@@ -104,7 +109,7 @@ class Store:
                 raise UserError(
                     f"{self.where(name)}: the disk is full; free some space and run the same command again (finished shards are kept)"
                 ) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise UserError(f"{self.where(name)}: cannot write here ({error.strerror}); choose another place") from error
             raise
 
@@ -122,7 +127,7 @@ class Store:
 
 
 @lru_cache(maxsize=256)
-def _descriptor(path: str, _pid: int) -> IO[bytes]:
+def _descriptor(path: str, _pid: int, _inode: int, _modified: int) -> IO[bytes]:
     """An open file; the process id keeps forked loader workers from sharing one. Closed when it falls out of the cache."""
     return open(path, "rb")
 

@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import UserError
@@ -36,8 +35,10 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if path.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle: an error page, a pointer file
+            raise UserError(f"{path}: not a readable checkpoint") from error
         raise UserError(f"{path}: holds more than tensors (pickled code); it is not loaded. Re-save its state_dict alone") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch and safetensors raise whatever their parsers stumble over
         raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})") from error
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(value, torch.Tensor) for value in tree.values()):

@@ -69,7 +69,13 @@ def status(out: str, content: bool, watch: bool) -> None:
 
 @main.command()
 @out_argument
-@click.option("--samples", default=64, show_default=True, help="Random samples of each stream to ask the teacher about again; 0 for none.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Random samples of each stream to ask the teacher about again; 0 for none.",
+)
 @set_option
 def verify(out: str, samples: int, overrides: tuple[str, ...]) -> None:
     """Check every checksum, count and label of OUT, and re-infer random samples. Names whatever fails and exits with status 1."""

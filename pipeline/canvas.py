@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")  # those of sources.IMAGE_EXTENSIONS; PIL's EPS runs Ghostscript
 MAX_PIXELS = 256 << 20  # of a source image; a larger one would need gigabytes to decode
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL raises beyond twice this, before decoding
 
@@ -22,7 +23,7 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
     Raises BadImage.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
             image = _to_rgb(ImageOps.exif_transpose(picture))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
@@ -30,19 +31,18 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
     width, height = image.size
     if min(width, height) < 2:
         raise BadImage(f"image of {width} x {height} pixels")
-    scale = side / min(width, height)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    pixels = np.array(image.crop((left, top, left + side, top + side)))
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2  # the centre square, before scaling: a long thin image stays small
+    if (width, height) != (side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))
+    pixels = np.array(image)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float: PIL's own conversion clips instead of scaling
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
+        top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
         return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

@@ -39,9 +39,9 @@ def load_templates(path: Path, *, required: bool = True) -> tuple[str, ...]:
     templates = _strings(_read(path), "templates", path)
     if required and not templates:
         raise UserError(f"{path}: needs a list `templates`, such as 'a photo of a {{}}.'")
-    bad = next((template for template in templates if "{}" not in template), None)
+    bad = next((template for template in templates if template.count("{}") != 1 or set("{}") & set(template.replace("{}", ""))), None)
     if bad is not None:
-        raise UserError(f"{path}: template {bad!r} has no {{}} for the class name")
+        raise UserError(f"{path}: template {bad!r} has no {{}} for the class name, or other braces")
     return templates
 
 

@@ -123,7 +123,10 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
         raise UserError("discretizer.weights: name a checkpoint file of the VQGAN")
     path: Path = find_file(weights, "discretizer.weights")
     state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
-    vqgan = VQGAN(config)
+    try:
+        vqgan = VQGAN(config)
+    except (ValueError, RuntimeError, UnboundLocalError, ZeroDivisionError) as error:
+        raise UserError(f"discretizer.config: no VQGAN has this shape ({' '.join(str(error).split())[:120]})") from error
     try:
         vqgan.load_state_dict(state)
     except RuntimeError as error:

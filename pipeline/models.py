@@ -55,6 +55,8 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
     discretizer = load_discretizer(settings.config, settings.weights, settings.kind).to(device)
     if settings.kind == "vqgan" and recipe.canvas % settings.config.downsampling:
         raise UserError(f"canvas: {recipe.canvas} is not a multiple of the VQGAN's {settings.config.downsampling} pixels per code")
+    if recipe.output.codes and settings.kind == "vqgan" and settings.config.n_embed > 65536:
+        raise UserError(f"output.codes: {settings.config.n_embed} codes do not fit the uint16 of KEY.codes.npy; set it to false")
     teacher.to(memory_format=torch.channels_last)
     discretizer.to(memory_format=torch.channels_last)
     return Models(teacher, discretizer, device, recipe.precision == "bf16")

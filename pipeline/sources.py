@@ -97,7 +97,7 @@ def clean_key(name: str) -> str:
     key = re.sub(r"[^A-Za-z0-9_-]", "-", name.replace("/", "-"))
     if len(key) > MAX_KEY:
         key = f"{key[: MAX_KEY - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return key
+    return key or "-"
 
 
 def folder_key(file: str) -> str:
@@ -153,13 +153,20 @@ def _plan_folder(root: Path, classes: ClassList, shard_size: int) -> SourcePlan:
     files.sort(key=lambda file: hashlib.sha256(file[0].encode()).digest())
     keys = _Keys()
     for name, label in files:
-        keys.add(folder_key(name), str(root / name), label, (root / name).stat().st_size)
+        keys.add(folder_key(name), str(root / name), label, _size(root / name))
     pieces = [
         Piece(name=f"{root.name}[{first}:{first + len(part)}]", path=root, count=len(part), files=tuple(part))
         for first in range(0, len(files), shard_size)
         if (part := files[first : first + shard_size])
     ]
     return SourcePlan(tuple(pieces), len(files), keys.digest.hexdigest()[:16])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nowhere: recorded when it is read
+        return 0
 
 
 def _read_label(text: bytes | None, classes: ClassList) -> tuple[int | None, str | None]:

@@ -6,7 +6,7 @@ import datetime
 from collections import Counter
 
 from manifests import RunDir
-from manifests.rundir import count_statuses, part_name
+from manifests.rundir import MANIFEST, count_statuses, part_name
 
 
 def status_lines(out: str, *, content: bool = False) -> list[str]:
@@ -39,7 +39,8 @@ def status_lines(out: str, *, content: bool = False) -> list[str]:
     if missing or damaged:
         lines.append("  run the same `make shards` command again to make what is missing")
     else:
-        lines.append("  sealed" if info.counts is not None else "  all shards are there, not sealed yet: run `make shards` again")
+        sealed = info.counts is not None and run.store.exists(MANIFEST)
+        lines.append("  sealed" if sealed else "  all shards are there, not sealed yet: run `make shards` again")
     return lines
 
 

@@ -150,8 +150,7 @@ def _timm_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
     try:
         model.load_state_dict(load_weights(path))
     except RuntimeError as error:
-        raise UserError(
-            f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {str(error)[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}") from error
     config = timm.data.resolve_data_config(model=model)
     return Teacher(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], head=None, scale=1.0)

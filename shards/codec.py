@@ -71,9 +71,9 @@ def encode_array(array: np.ndarray) -> bytes:
 def decode_array(data: bytes, dtype: type[np.generic], where: str) -> np.ndarray:
     """A ``.npy`` of exactly ``dtype``; never unpickles. Raises UserError naming ``where``."""
     try:
-        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{where}: not a plain .npy array ({error})") from error
+        array: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy's header parser raises more kinds of error than it documents
+        raise UserError(f"{where}: not a plain .npy array ({' '.join(str(error).split())[:120]})") from error
     if array.dtype != dtype:
         raise UserError(f"{where}: dtype {array.dtype}, expected {np.dtype(dtype)}")
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,11 @@ class ShardDataset:
         where = f"{where}: {sample.key}"
         if "cls" not in sample.members or "logits.npy" not in sample.members:
             raise UserError(f"{where}: has no .cls or no .logits.npy")
+        if not re.fullmatch(rb"[0-9]{1,9}", sample.members["cls"]) or int(sample.members["cls"]) >= len(self.classes):
+            raise UserError(f"{where}: label {sample.members['cls'][:20]!r} is not one of the {len(self.classes)} classes")
         logits = decode_array(sample.members["logits.npy"], np.float16, where)
+        if logits.ndim not in (1, 2) or logits.shape[-1] != len(self.classes):
+            raise UserError(f"{where}: logits of shape {logits.shape} for {len(self.classes)} classes")
         pixels = next((sample.members[extension] for extension in EXTENSIONS if extension in sample.members), None)
         return LabelledImage(
             key=sample.key,

@@ -15,7 +15,7 @@ from typing import IO
 
 from manifests.errors import UserError
 
-KEY = re.compile(r"^[A-Za-z0-9_-]+$")
+KEY = re.compile(r"^[A-Za-z0-9_-]+\Z")
 BLOCK = 512
 MAX_MEMBER = 256 << 20  # bytes; a larger member is no image, label or array, and is skipped unread
 
@@ -72,7 +72,12 @@ def parse_sample(data: bytes, extent: Extent, where: str) -> Sample:
     sample = Sample("")
     position = 0
     while position < len(data):
-        info = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "strict")
+        try:
+            info = tarfile.TarInfo.frombuf(data[position : position + BLOCK], "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: no sample at byte {extent.offset} ({error})") from error
+        if info.size < 0:
+            raise UserError(f"{where}: no sample at byte {extent.offset} (negative size)")
         key, extension = split_name(info.name)
         body = position + BLOCK
         sample.key = key
@@ -129,8 +134,9 @@ def _samples(file: IO[bytes], where: str, start: int, *, read: bool) -> Iterator
                     current.members[extension] = data
             # tarfile takes a damaged header for the end of the archive; only zeros or nothing may follow the last member
             file.seek(tar.offset)
-            if file.read(BLOCK).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+            while block := file.read(1 << 20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError(f"damaged at or after byte {tar.offset}")
     except tarfile.TarError as error:
         raise UserError(f"{where}: not a readable tar ({error}); is it whole, and uncompressed?") from error
     if current is not None:

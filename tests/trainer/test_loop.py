@@ -144,10 +144,10 @@ def test_damaged_shards_stop_training_by_name(tmp_path: Path, harm: str) -> None
         tar.write_bytes(data[: len(data) // 1024 * 512])
     else:
         tar.unlink()
-    with pytest.raises(UserError, match="dad-000001.tar"):
+    with pytest.raises(UserError, match=r"dad-000001\.tar"):
         train(recipe(run), str(tmp_path / "student"))
     # The same without the check at the start: the read itself finds out.
-    with pytest.raises(UserError, match="dad-000001.tar"):
+    with pytest.raises(UserError, match=r"dad-000001\.tar"):
         train(recipe(run, "check_shards=false"), str(tmp_path / "student"))
 
 

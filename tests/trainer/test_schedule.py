@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -14,7 +15,7 @@ def test_warmup_is_linear_and_the_end_is_zero() -> None:
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[12] == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi * 0.5)))
     assert rates[20] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[3:]))
 
 
 def test_without_warmup_it_starts_at_the_peak() -> None:
