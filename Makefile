@@ -16,11 +16,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
 
 .DEFAULT_GOAL := help
-.PHONY: help renditions shards status verify train compare eval demo-table test lint clean
+.PHONY: help renditions shards status verify train compare eval demo-table bench-generate test lint clean
 
 help: ## print this list
 	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # .venv is whole when this file is there; setup.cfg decides what goes in.
 $(VENV)/ready: setup.cfg
@@ -56,6 +56,9 @@ eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in r
 
 demo-table: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## 3 seeds of plain, KD and DAD (about an hour on two cores)
 	@$(RUN) -m trainer demo-table --recipe $(RECIPE) $(ARGS)
+
+bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
+	@$(RUN) -m pipeline.benchmark --recipe $(RECIPE) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)
 
 test: $(VENV)/ready ## the test suite
 	@$(RUN) -m pytest $(ARGS)
