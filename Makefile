@@ -6,11 +6,13 @@ RUN := $(VENV)/bin/python
 
 RECIPE ?= demo
 OUT ?= data/demo
-SHARDS ?= $(OUT)
-STUDENT ?= resnet18
-OBJECTIVE ?= dad
-SEED ?= 0
+# Not given, they are what the recipe says.
+STUDENT ?=
+SHARDS ?=
+OBJECTIVE ?=
+SEED ?=
 ARGS ?=
+LEARN = $(if $(STUDENT),--student $(STUDENT)) $(addprefix --shards ,$(or $(SHARDS),$(filter-out data/demo,$(OUT))))
 # Two busy processes on the same cores would otherwise spin against each other, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
@@ -36,7 +38,7 @@ renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (t
 
 # The demo composes its own images; any other recipe brings DATA.
 shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT)
-	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
+	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 status: $(VENV)/ready ## what OUT holds: done, missing, damaged
 	@$(RUN) -m pipeline status $(OUT) $(ARGS)
@@ -45,7 +47,7 @@ verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of
 	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
 
 train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
-	@$(RUN) -m trainer train --recipe $(RECIPE) --student $(STUDENT) --shards $(SHARDS) --objective $(OBJECTIVE) --seed $(SEED) $(ARGS)
+	@$(RUN) -m trainer train --recipe $(RECIPE) $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval
 	@for objective in plain kd dad; do $(MAKE) --no-print-directory train OBJECTIVE=$$objective || exit; done
@@ -55,7 +57,7 @@ eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in r
 	@$(RUN) -m trainer eval runs --data $(if $(DATA),$(DATA),$(RENDITIONS)) $(ARGS)
 
 demo-table: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## 3 seeds of plain, KD and DAD (about an hour on two cores)
-	@$(RUN) -m trainer demo-table --recipe $(RECIPE) $(ARGS)
+	@$(RUN) -m trainer demo-table --recipe $(RECIPE) $(LEARN) $(ARGS)
 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
 	@$(RUN) -m pipeline.benchmark --recipe $(RECIPE) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -27,8 +28,14 @@ class ProjectGroup(click.Group):
         self.params.append(debug)
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        arguments = list(sys.argv[1:] if args is None else args)
+        if "--debug" in arguments:  # wherever it stands, also after the command
+            arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
         try:
-            status = super().main(args, prog_name, **(extra | {"standalone_mode": False}))
+            status = super().main(arguments, prog_name, **(extra | {"standalone_mode": False}))
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(USER_ERROR)
         except click.UsageError as error:  # in options that come before the command; click itself would take four lines
             click.echo(f"error: {_one_line(error)}", err=True)
             sys.exit(USER_ERROR)
@@ -51,7 +58,7 @@ class ProjectGroup(click.Group):
             if debug:
                 traceback.print_exc()
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it now
-            click.echo("\ninterrupted: finished work is kept; run the same command again to go on", err=True)
+            click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             sys.exit(INTERRUPTED)
 
 
@@ -67,6 +74,11 @@ def _one_line(error: Exception) -> str:
 
 def _terminate(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def as_overrides(named: Mapping[str, object]) -> list[str]:
+    """Options such as ``--student NAME`` as recipe overrides; None means not given. Quoted, so that no value is read as YAML."""
+    return [f"{field}={json.dumps(value)}" for field, value in named.items() if value is not None]
 
 
 set_option = click.option(

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, label: str, unit: str, *, initial: int = 0, scale: bool = False) -> tqdm[Any]:
+def progress(total: int, label: str, unit: str, *, initial: int = 0) -> tqdm[Any]:
     """A tqdm bar on standard error. ``initial`` is what earlier runs have done already; it does not count in the rate."""
     lively = sys.stderr.isatty()
     return tqdm(
@@ -16,7 +16,6 @@ def progress(total: int, label: str, unit: str, *, initial: int = 0, scale: bool
         initial=initial,
         desc=label,
         unit=unit,
-        unit_scale=scale,
         mininterval=0.2 if lively else 10.0,
         maxinterval=10.0,
         dynamic_ncols=lively,

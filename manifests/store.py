@@ -43,12 +43,6 @@ class Store:
         """Full path or URL of a file, for messages."""
         return f"{self.url}/{name}"
 
-    def local_path(self, name: str) -> Path:
-        """Path of a file on the local disk. Raises ValueError for a remote store."""
-        if not self.is_local:
-            raise ValueError(f"{self.where(name)} is not on a local disk")
-        return Path(self.root) / name
-
     def exists(self, name: str = "") -> bool:
         return bool(self.fs.exists(self._full(name)))
 

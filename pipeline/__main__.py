@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 
 import click
 import yaml
 
-from manifests.command import ProjectGroup, set_option
+from manifests.command import ProjectGroup, as_overrides, set_option
 from manifests.recipe import as_tree
 
 from .recipe import FOLDER, load
@@ -35,10 +36,6 @@ data_option = click.option("--data", metavar="DIR", help="WebDataset tars or an 
 out_argument = click.argument("out", metavar="OUT")
 
 
-def _recipe(recipe: str, data: str | None, overrides: tuple[str, ...]):  # type: ignore[no-untyped-def]
-    return load(recipe, [*overrides, *([f"source.data={data}"] if data else [])])
-
-
 @main.command()
 @recipe_option
 @data_option
@@ -46,8 +43,8 @@ def _recipe(recipe: str, data: str | None, overrides: tuple[str, ...]):  # type:
 @set_option
 def generate(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) -> None:
     """Make the shards of a recipe, or those that are still missing."""
-    settings = _recipe(recipe, data, overrides)
-    from .generate import make_shards  # loads torch; --help and refusals should not wait for it
+    settings = load(recipe, [*as_overrides({"source.data": data}), *overrides])
+    from .generate import make_shards  # not at the top: --help need not wait for matplotlib and the like
 
     make_shards(settings, out)
 
@@ -76,21 +73,23 @@ def status(out: str, content: bool, watch: bool) -> None:
     show_default=True,
     help="Random samples of each stream to ask the teacher about again; 0 for none.",
 )
+@click.option("--seed", type=int, help="Which samples. [default: other ones every time]")
 @set_option
-def verify(out: str, samples: int, overrides: tuple[str, ...]) -> None:
+def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...]) -> None:
     """Check every checksum, count and label of OUT, and re-infer random samples. Names whatever fails and exits with status 1."""
     from .verify import problems, reinfer, summary
 
+    seed = secrets.randbelow(2**31) if seed is None else seed
     found = list(problems(out))
     if not found and samples:
-        found = list(reinfer(out, samples, overrides))
+        found = [f"{line} (--seed {seed})" for line in reinfer(out, samples, seed, overrides)]
     if found:
         click.echo("\n".join(f"FAILED {line}" for line in found))
         click.echo(f"{len(found)} problem{'s' * (len(found) > 1)}; `make shards` with the same recipe makes damaged shards anew")
         raise SystemExit(1)
     click.echo(summary(out))
     if samples:
-        click.echo(f"{out}: the teacher agrees with the stored logits of {samples} random samples of each stream")
+        click.echo(f"{out}: the teacher agrees with the stored labels and logits of up to {samples} random samples of each stream")
 
 
 @main.command("recipe")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+import click
 import torch
 from torch import nn
 
 from manifests import UserError
-from manifests.devices import choose_device
+from manifests.devices import choose_device, use_bf16
 
 from .classes import ClassList
 from .discretizer import load_discretizer
@@ -50,6 +51,8 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
     device = choose_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    if recipe.precision == "bf16" and not use_bf16("auto", device):
+        click.echo(f"note: {device} has no bf16 in hardware; --set precision=fp32 may be faster", err=True)
     teacher = load_teacher(recipe.teacher, classes).to(device)
     settings = recipe.discretizer
     discretizer = load_discretizer(settings.config, settings.weights, settings.kind).to(device)

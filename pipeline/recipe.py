@@ -82,7 +82,7 @@ class Recipe:
     """Images per model call. Part of the result's identity: floating point sums depend on it."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the models' forward and backward passes. Losses, logits and the perturbation are float32."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the random starts, together with each sample's key."""
     max_errors: Annotated[float, Field(ge=0, le=1), Execution] = 0.01
     """Share of samples that may fail (unreadable, wrong label) before the command exits non-zero."""

@@ -15,10 +15,10 @@ from manifests import RunDir
 from manifests.rows import PartRecord, TarRecord, encode_part
 from manifests.rundir import part_name, tar_name
 from shards import TarWriter, decode_image, encode_image
+from shards.canvas import BadImage, load_canvas
 from shards.codec import encode_array, to_float, to_uint8
 
 from .attack import attack, draw_noise, verified
-from .canvas import BadImage, load_canvas
 from .classes import ClassList
 from .models import Models
 from .recipe import Recipe
@@ -104,11 +104,15 @@ def _run_batch(batch: list[Prepared], shard: int, recipe: Recipe, models: Models
             rows.append(row | {"status": "error", "reason": sample.problem})
             continue
         result = next(results)
+        row |= result.row
+        if row["status"] == "error":
+            rows.append(row)
+            continue
         members = {"cls": str(sample.source.label).encode(), "logits.npy": encode_array(result.clean_logits)}
         if recipe.output.clean_images:
             members = {recipe.output.image.format: sample.clean_bytes} | members
         extent = clean_tar.add(sample.source.key, members)
-        row |= result.row | {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
+        row |= {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
         if row["status"] == "verified":
             members = {recipe.output.image.format: result.image}
             members |= {"cls": str(sample.source.label).encode(), "logits.npy": encode_array(result.dad_logits)}
@@ -146,6 +150,7 @@ def _compute(samples: list[Prepared], recipe: Recipe, models: Models) -> Iterato
         attacked_loss = F.cross_entropy(models.teacher(attacked.perturbed), y, reduction="none")
     clean_logits, dad_logits = clean_logits.half(), dad_logits.half()  # judge what is stored, not what was computed
     good = verified(dad_logits, y)
+    finite = (clean_logits.isfinite() & dad_logits.isfinite()).all(1)
     clean, dad = _judge(clean_logits, y), _judge(dad_logits, y)
     codes = attacked.codes.cpu()
     changed = (attacked.codes != attacked.codes_discrete).flatten(1).float().mean(1) if codes.numel() else None
@@ -163,7 +168,9 @@ def _compute(samples: list[Prepared], recipe: Recipe, models: Models) -> Iterato
     for i, data in enumerate(stored):
         row: Row = {name: column[i] for name, column in values.items()}
         row |= {"bytes": len(data), "codes_changed": None if changed is None else changed[i].item(), "status": "verified", "reason": None}
-        if not good[i]:
+        if not finite[i]:
+            row |= {"status": "error", "reason": "the teacher's logits are not finite"}
+        elif not good[i]:
             row |= {"status": "rejected", "reason": f"the teacher sees class {row['dad_pred']}"}
         yield _Result(row, clean_logits[i].cpu().numpy(), dad_logits[i].cpu().numpy(), data, codes[i].numpy().astype(np.uint16))
 

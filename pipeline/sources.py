@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from tqdm import tqdm
 
 from manifests import UserError
 from manifests.recipe import nearest
+from shards.canvas import IMAGE_EXTENSIONS
 from shards.tar import index_tar, iterate_tar
 
 from .classes import ClassList
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 MAX_KEY = 80  # characters; a tar header holds 100, with the longest extension
 
 
@@ -73,7 +74,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """The pieces of a source, in order, and a fingerprint of all keys and sizes."""
+    """The pieces of a source, in order, and a fingerprint of all keys, labels and sizes."""
 
     pieces: tuple[Piece, ...]
     samples: int
@@ -93,11 +94,15 @@ def plan_source(data: str, classes: ClassList, shard_size: int) -> SourcePlan:
 
 
 def clean_key(name: str) -> str:
-    """A key that matches the contract's ``[A-Za-z0-9_-]+``; long ones are cut and end in a hash of the whole."""
-    key = re.sub(r"[^A-Za-z0-9_-]", "-", name.replace("/", "-"))
-    if len(key) > MAX_KEY:
+    """A key that matches the contract's ``[A-Za-z0-9_-]+``.
+
+    Folders are joined by ``-``. A name with other characters, or a long one, ends in a hash of the whole, so that no two meet.
+    """
+    joined = name.replace("/", "-")
+    key = re.sub(r"[^A-Za-z0-9_-]", "-", joined)
+    if key != joined or not 0 < len(key) <= MAX_KEY:
         key = f"{key[: MAX_KEY - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return key or "-"
+    return key
 
 
 def folder_key(file: str) -> str:
@@ -106,18 +111,20 @@ def folder_key(file: str) -> str:
 
 
 class _Keys:
-    """Sees every sample once: finds repeated keys, and makes a fingerprint of keys and sizes. Holds 8 bytes a key."""
+    """Sees every sample once: finds repeated keys, and makes a fingerprint of keys, labels and sizes. Holds 8 bytes a key."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.seen: set[int] = set()
 
-    def add(self, key: str, where: str, *rest: int) -> None:
+    def add(self, key: str, where: str, *rest: object) -> None:
         """``rest``: what else the fingerprint shall cover, such as the label or the size."""
         data = key.encode()
         short = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         if short in self.seen:
-            raise UserError(f"{where}: key {key!r} occurs twice in the source; keys must be unique over all its tars")
+            raise UserError(
+                f"{where}: key {key!r} occurs twice in the source; rename one (files that differ in their ending only count as one)"
+            )
         self.seen.add(short)
         self.digest.update(f"{key} {rest}\n".encode())
 
@@ -127,8 +134,8 @@ def _plan_tars(tars: list[Path], shard_size: int) -> SourcePlan:
     for path in tqdm(tars, desc="reading tar headers", unit="tar", disable=None if len(tars) > 20 else True, leave=False):
         with open(path, "rb") as file:
             offsets = []
-            for offset, key in index_tar(file, str(path)):
-                keys.add(clean_key(key), str(path), offset)
+            for offset, sample in index_tar(file, str(path)):
+                keys.add(clean_key(sample.key), str(path), offset, sample.members.get("cls"))
                 offsets.append(offset)
         for first in range(0, len(offsets), shard_size):
             count = min(shard_size, len(offsets) - first)
@@ -141,14 +148,19 @@ def _plan_tars(tars: list[Path], shard_size: int) -> SourcePlan:
 def _plan_folder(root: Path, classes: ClassList, shard_size: int) -> SourcePlan:
     labels = {folder: label for label, folder in enumerate(classes.folders)}
     files: list[tuple[str, int]] = []
+    skipped = 0
     for folder in sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")):
         if folder not in labels:
             raise UserError(
                 f"source.data: {root / folder}: this folder is not in the class list{nearest(folder, classes.folders)} "
                 "(add it to source.classes under `folders`)"
             )
-        names = sorted(str(p.relative_to(root)) for p in (root / folder).rglob("*") if p.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        found = [path for path in (root / folder).rglob("*") if not path.is_dir()]
+        names = sorted(str(path.relative_to(root)) for path in found if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        skipped += len(found) - len(names)
         files.extend((name, labels[folder]) for name in names)
+    if skipped:
+        click.echo(f"note: {root}: {skipped} files are left out, they are no images ({', '.join(IMAGE_EXTENSIONS)})", err=True)
     # Shards of one class each would make batches of one class; a fixed shuffle by name spreads them.
     files.sort(key=lambda file: hashlib.sha256(file[0].encode()).digest())
     keys = _Keys()

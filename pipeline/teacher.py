@@ -6,9 +6,11 @@ A teacher owns its differentiable resize and its normalisation, so that attacks 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import nn
 
 from manifests import UserError, find_file, load_weights
 from manifests.recipe import nearest
+from manifests.weights import files_fingerprint
 
 from .classes import ClassList, load_templates
 from .recipe import Teacher as TeacherSettings
@@ -27,7 +30,8 @@ class Teacher(nn.Module):
     """Resize, normalise, embed, compare with a head: logits [B, classes].
 
     size: side of the model's input; mean, std: its normalisation; head: [D, classes], applied to unit features and scaled by
-    ``scale`` (zero-shot), or None when the model returns logits itself.
+    ``scale`` (zero-shot), or None when the model returns logits itself. made_from: what decides the function beside the
+    weights (architecture, class names, prompts), for the fingerprint.
     """
 
     mean: torch.Tensor
@@ -35,10 +39,19 @@ class Teacher(nn.Module):
     head: torch.Tensor | None
 
     def __init__(
-        self, model: nn.Module, *, size: int, mean: Sequence[float], std: Sequence[float], head: torch.Tensor | None, scale: float
+        self,
+        model: nn.Module,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        head: torch.Tensor | None = None,
+        scale: float = 1.0,
+        made_from: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.size, self.scale = model, size, scale
+        self.made_from = {"size": size, **(made_from or {})}
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.register_buffer("head", head)
@@ -77,9 +90,14 @@ def zero_shot_head(model: nn.Module, tokenizer: object, classes: Sequence[str], 
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 (first 16 hex digits) over every parameter and buffer of a model."""
-    digest = hashlib.sha256()
+    """sha256 (first 16 hex digits) over every parameter and buffer of a model, and a teacher's ``made_from``.
+
+    The zero-shot head is left out: it is computed, so its last bits depend on the processor. What it is computed from is covered.
+    """
+    digest = hashlib.sha256(json.dumps(getattr(model, "made_from", None), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
+        if isinstance(model, Teacher) and name == "head":
+            continue
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -90,14 +108,18 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher
 
     name, weights = settings.model, settings.weights
     tokenizer_options = {}
+    bpe = None
     if name.startswith(LOCAL):
         folder = find_file(name.removeprefix(LOCAL), "teacher.model")
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.p*t*")):
             raise UserError(f"teacher.model: {folder}: holds no weights (open_clip_model.safetensors)")
         if (folder / "bpe.txt.gz").exists():
             tokenizer_options["bpe_path"] = str(folder / "bpe.txt.gz")
+            bpe = files_fingerprint([folder / "bpe.txt.gz"])
         name, weights = f"{LOCAL}{folder}", None
-    elif name not in open_clip.list_models() and not name.startswith("hf-hub:"):
+    elif name.startswith("hf-hub:"):
+        weights = None  # the hub's directory holds them
+    elif name not in open_clip.list_models():
         raise UserError(f"teacher.model: open_clip knows no model {name!r}{nearest(name, open_clip.list_models())}")
     elif weights is None:
         raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
@@ -114,6 +136,9 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher
         logging.getLogger().setLevel(before)
     model.eval()
     templates = _templates(settings, classes)
+    architecture = settings.model
+    if settings.model.startswith(LOCAL):
+        architecture = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     size = model.visual.image_size
     preprocess = getattr(model.visual, "preprocess_cfg", {})
     return Teacher(
@@ -123,6 +148,7 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher
         std=preprocess.get("std", open_clip.OPENAI_DATASET_STD),
         head=zero_shot_head(model, tokenizer, classes.names, templates),
         scale=float(model.logit_scale.detach().exp()),
+        made_from={"model": architecture, "classes": classes.names, "templates": templates, "tokenizer": bpe},
     )
 
 
@@ -153,4 +179,4 @@ def _timm_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}") from error
     config = timm.data.resolve_data_config(model=model)
-    return Teacher(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], head=None, scale=1.0)
+    return Teacher(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], made_from={"model": settings.model})

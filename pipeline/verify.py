@@ -16,7 +16,7 @@ from shards import ShardDataset, iterate_tar
 from shards.codec import to_float
 
 from .generate import recipe_of
-from .models import load_models
+from .models import Models, load_models
 
 # Largest difference of a logit that recomputing may show, relative to the largest logit of the sample: rounding to the stored
 # float16 (2^-11), and in bf16 (2^-8) the other summation order of a batch of another size, through a deep network.
@@ -53,8 +53,11 @@ def problems(out: str) -> Iterator[str]:
                 yield f"{run.store.where(f'{stream}/{name}')}: not in the manifest; remove it, or readers that list folders will use it"
 
 
-def reinfer(out: str, count: int, overrides: tuple[str, ...]) -> Iterator[str]:
-    """Ask the teacher again about ``count`` random samples of each stream: label and logits must be the stored ones."""
+def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iterator[str]:
+    """Ask the teacher again about ``count`` random samples of each stream: label and logits must be the stored ones.
+
+    ``seed`` draws the samples, so that a failure can be repeated.
+    """
     run = RunDir(out)
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
@@ -64,25 +67,30 @@ def reinfer(out: str, count: int, overrides: tuple[str, ...]) -> Iterator[str]:
             f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
             "name the right one with --set teacher.model=…"
         )
+    tolerance = TOLERANCE[recipe.precision]
     for stream in ("clean", "dad") if recipe.output.clean_images else ("dad",):
         dataset = ShardDataset(out, stream)  # type: ignore[arg-type]
-        rng = np.random.default_rng()
-        chosen = rng.choice(len(dataset), size=min(count, len(dataset)), replace=False)
+        chosen = np.random.default_rng(seed).choice(len(dataset), size=min(count, len(dataset)), replace=False)
         for start in range(0, len(chosen), recipe.batch):
             samples = [dataset[int(index)] for index in chosen[start : start + recipe.batch]]
-            images = to_float(torch.stack([s.image for s in samples if s.image is not None])).to(models.device)
-            with torch.no_grad():
-                logits = models.teacher(images).cpu()
-            for sample, now_logits in zip(samples, logits, strict=True):
+            logits = _infer([s.image for s in samples if s.image is not None], models, recipe.batch)
+            for sample, found in zip(samples, logits, strict=True):
                 stored = sample.logits.float()
-                difference = float((now_logits - stored).abs().max() / stored.abs().max())
-                if difference > TOLERANCE[recipe.precision]:
-                    yield f"{out}: {stream} sample {sample.key}: logits differ by {difference:.1%} of the largest from the stored ones"
-                if stream == "dad" and int(stored.argmax()) != sample.label:
-                    yield f"{out}: dad sample {sample.key}: stored logits say class {int(stored.argmax())}, its label is {sample.label}"
-                sees, saw = int(now_logits.argmax()), int(stored.argmax())
-                if sees != saw and _margin(stored) > 2 * TOLERANCE[recipe.precision]:
+                difference = float((found - stored).abs().max() / stored.abs().max())
+                if not difference <= tolerance:  # NaN fails too
+                    yield f"{out}: {stream} sample {sample.key}: logits differ by {difference:.2%} of the largest from the stored ones"
+                sees, saw = int(found.argmax()), int(stored.argmax())
+                if sees != saw and _margin(stored) > 2 * tolerance:
                     yield f"{out}: {stream} sample {sample.key}: the teacher now sees class {sees}, not {saw}"
+                if stream == "dad" and saw != sample.label:
+                    yield f"{out}: dad sample {sample.key}: stored logits say class {saw}, its label is {sample.label}"
+
+
+def _infer(images: list[torch.Tensor], models: Models, batch: int) -> torch.Tensor:
+    """The teacher's logits, in a batch filled up to the size that stage 1 used: another size may be summed in another order."""
+    filled = [images[i % len(images)] for i in range(batch)]
+    with torch.no_grad():
+        return models.teacher(to_float(torch.stack(filled)).to(models.device)).cpu()[: len(images)]
 
 
 def _margin(logits: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ def encode_image(image: torch.Tensor, settings: ImageFormat) -> bytes:
     """Encode one image, uint8 [3, H, W]. The same pixels give the same bytes."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy(), "RGB")
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     buffer = io.BytesIO()
     if settings.format == "jpg":
         picture.save(buffer, "JPEG", quality=settings.quality, subsampling=0)

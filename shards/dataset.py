@@ -79,7 +79,7 @@ class ShardDataset:
         if not re.fullmatch(rb"[0-9]{1,9}", sample.members["cls"]) or int(sample.members["cls"]) >= len(self.classes):
             raise UserError(f"{where}: label {sample.members['cls'][:20]!r} is not one of the {len(self.classes)} classes")
         logits = decode_array(sample.members["logits.npy"], np.float16, where)
-        if logits.ndim not in (1, 2) or logits.shape[-1] != len(self.classes):
+        if logits.shape != (len(self.classes),):
             raise UserError(f"{where}: logits of shape {logits.shape} for {len(self.classes)} classes")
         pixels = next((sample.members[extension] for extension in EXTENSIONS if extension in sample.members), None)
         return LabelledImage(

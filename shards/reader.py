@@ -58,14 +58,14 @@ class TrainingReader:
         self.classes = first.classes
         self.steps = len(first) // batch_size
         if self.steps == 0:
-            raise UserError(f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch_size")
-        # The remainder, fewer than `steps` samples of a stream, is left out; as the order changes, so does who is left out.
+            raise UserError(f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch")
+        # What does not fill a batch (clean), or a share of every batch (the others), is left out; it differs from epoch to epoch.
         self.sizes = {stream: len(dataset) // self.steps for stream, dataset in self.datasets.items()} | {streams[0]: batch_size}
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
                 raise UserError(
-                    f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch_size to "
+                    f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch to "
                     f"{-(-len(first) * world // max(len(dataset), 1))} or more, or weaken the attack"
                 )
 
@@ -91,7 +91,6 @@ class TrainingReader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -117,6 +116,8 @@ class _EpochBatches(Dataset[Any]):
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
             return {stream: self._half(stream, step) for stream in self.reader.datasets}
+        except OSError as error:
+            return UserError(f"{self.reader.datasets[next(iter(self.reader.datasets))].run}: cannot read: {error}")
         except UserError as error:
             return error  # raised in a worker it would reach the user wrapped in a stack trace
 

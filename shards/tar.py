@@ -92,13 +92,12 @@ def iterate_tar(file: IO[bytes], where: str, start: int = 0) -> Iterator[tuple[i
     Only regular files are read; links, devices and directories are passed over, and nothing is written to disk.
     Raises UserError naming ``where`` for a file that is not a tar or is cut off inside a member.
     """
-    yield from _samples(file, where, start, read=True)
+    yield from _samples(file, where, start)
 
 
-def index_tar(file: IO[bytes], where: str) -> Iterator[tuple[int, str]]:
-    """(offset, key) of every sample of a tar, from the headers alone."""
-    for offset, sample in _samples(file, where, 0, read=False):
-        yield offset, sample.key
+def index_tar(file: IO[bytes], where: str) -> Iterator[tuple[int, Sample]]:
+    """(offset, sample) of every sample of a tar, from its headers and labels: all members but ``cls`` are empty."""
+    yield from _samples(file, where, 0, only="cls")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -108,7 +107,7 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _samples(file: IO[bytes], where: str, start: int, *, read: bool) -> Iterator[tuple[int, Sample]]:
+def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None) -> Iterator[tuple[int, Sample]]:
     current: Sample | None = None
     offset = 0
     try:
@@ -126,7 +125,7 @@ def _samples(file: IO[bytes], where: str, start: int, *, read: bool) -> Iterator
                 elif extension in current.members:
                     raise UserError(f"{where}: two members {key}.{extension} in one sample; keys must be unique")
                 current.members[extension] = b""
-                if read and member.size <= MAX_MEMBER:
+                if only in (None, extension) and member.size <= MAX_MEMBER:
                     body = tar.extractfile(member)
                     data = body.read() if body else b""
                     if len(data) != member.size:

@@ -235,12 +235,12 @@ def settle_labels(clip: Path, vqgan: Path, jpegs: Sequence[bytes]) -> list[int]:
     A random VQGAN is not idempotent, so what the teacher sees on x'' cannot be told from what it sees on Q(x): all labels are tried.
     """
     from pipeline.attack import AttackSettings, attack, draw_noise
-    from pipeline.canvas import load_canvas
     from pipeline.classes import load_classes
     from pipeline.discretizer import VQGANConfig, load_discretizer
     from pipeline.recipe import Teacher
     from pipeline.teacher import load_teacher
     from shards import ImageFormat, decode_image, encode_image
+    from shards.canvas import load_canvas
     from shards.codec import to_float, to_uint8
 
     stored = ImageFormat(**RECIPE_IMAGE)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import yaml
 
-from manifests.command import ProjectGroup, set_option
+from manifests.command import ProjectGroup, as_overrides, set_option
 from manifests.recipe import as_tree
 
 from .recipe import FOLDER, load
@@ -54,8 +54,8 @@ def train(
 ) -> None:
     """Train a student, or go on with one that was interrupted."""
     named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
-    settings = load(recipe, [*overrides, *(f"{field}={value}" for field, value in named.items() if value is not None)])
-    from .loop import train as run  # loads torch; --help and refusals should not wait for it
+    settings = load(recipe, [*as_overrides(named), *overrides])
+    from .loop import train as run  # not at the top: --help need not wait for timm
 
     run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
 
@@ -73,15 +73,17 @@ def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
 
 @main.command("demo-table")
 @recipe_option
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @data_option
+@click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
+@click.option("--shards", metavar="DIR", help="The run directory to learn from; short for --set shards=DIR.")
 @click.option("--out", default="runs/demo-table", show_default=True, metavar="DIR")
 @set_option
-def table(recipe: str, seeds: int, data: Path, out: str, overrides: tuple[str, ...]) -> None:
+def table(recipe: str, seeds: int, data: Path, student: str | None, shards: str | None, out: str, overrides: tuple[str, ...]) -> None:
     """Train plain, KD and DAD students with several seeds and print means ± standard errors. Takes about an hour on two cores."""
     from .compare import demo_table
 
-    demo_table(recipe, seeds, out, data, overrides)
+    demo_table(recipe, seeds, out, data, [*as_overrides({"student": student, "shards": shards}), *overrides])
 
 
 @main.command("recipe")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
-from manifests import Store, UserError
+from manifests import Store, UserError, load_weights
 from manifests.recipe import as_tree, identity
 
 from .recipe import Recipe
@@ -56,8 +56,11 @@ class StudentDir:
             raise UserError(f"{self.store.where(RUN)}: damaged ({error})") from error
 
     def claim(self, info: StudentInfo) -> None:
-        """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here."""
-        if self.store.exists(RUN):
+        """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here.
+
+        A run that has no checkpoint yet has nothing to lose, and is replaced.
+        """
+        if self.store.exists(RUN) and self.store.exists(LAST):
             old = self.info()
             if old.classes != info.classes:
                 numbers = f"{len(old.classes)} classes, the shards have {len(info.classes)}"
@@ -102,7 +105,10 @@ class StudentDir:
         if not self.store.exists(BEST):
             raise UserError(f"{self}: has no finished epoch yet (no {BEST}); run `make train` again")
         student = create_student(info.student, len(info.classes), info.side)
-        student.model.load_state_dict(load_file(self.path / BEST))
+        try:
+            student.model.load_state_dict(load_weights(self.path / BEST))
+        except RuntimeError as error:
+            raise UserError(f"{self.store.where(BEST)}: does not fit {info.student}; train it again") from error
         return student.eval()
 
 

@@ -9,34 +9,37 @@ import click
 
 from manifests import Store, UserError
 from manifests.devices import choose_device, use_bf16
+from manifests.recipe import fingerprint
 
 from .checkpoint import BEST, RUN, StudentDir
-from .evaluate import RESULTS, Score, evaluate, scores_from_json, scores_to_json, sets_below
+from .evaluate import RESULTS, Score, check_set, evaluate, scores_from_json, scores_to_json, set_tars, sets_below
 from .loop import train
 from .recipe import load
 from .report import ORDER, Result, difference, markdown, picture, to_json, with_reference
 
 
 def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dict[str, Score]:
-    """Score the best checkpoint of a student on every set below ``data``; kept in eval.json until the checkpoint changes."""
+    """Score the best checkpoint of a student on every set below ``data``; kept in eval.json until the weights or the sets change."""
     info = directory.info()
+    tars = [tar for name in sets_below(data) for tar in set_tars(data / name)]
+    found = [(str(tar.relative_to(data)), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
+    made_from = fingerprint([directory.store.sha256(BEST), found])
     kept = directory.path / RESULTS
-    best = directory.path / BEST
-    if kept.exists() and best.exists() and kept.stat().st_mtime >= best.stat().st_mtime:
-        scores = scores_from_json(kept.read_text())
-        if list(scores) == sets_below(data):
-            return scores
+    if kept.exists() and (scores := scores_from_json(kept.read_text(), made_from)) is not None:
+        return scores
     where = choose_device(device)
     bf16 = use_bf16("auto", where)
-    scores = evaluate(directory.load_student().to(where), data, len(info.classes), where, bf16=bf16, label=directory.path.name)
-    directory.store.write(RESULTS, scores_to_json(scores).encode())
+    scores = evaluate(directory.load_student().to(where), data, len(info.classes), info.side, where, bf16=bf16, label=directory.path.name)
+    directory.store.write(RESULTS, scores_to_json(scores, made_from).encode())
     return scores
 
 
 def result_of(directory: StudentDir, data: Path) -> Result:
     info = directory.info()
-    identity = info.identity
-    return Result(student=info.student, objective=identity["loss.objective"], seed=identity["seed"], scores=evaluate_run(directory, data))
+    identity = dict(info.identity)
+    seed, objective = identity.pop("seed"), identity["loss.objective"]
+    recipe = fingerprint([identity, info.shards])
+    return Result(student=info.student, objective=objective, seed=seed, scores=evaluate_run(directory, data), recipe=recipe)
 
 
 def find_runs(paths: Sequence[str]) -> list[StudentDir]:
@@ -69,7 +72,17 @@ def write_report(results: Sequence[Result], out: str, title: str, extra: str = "
 
 def compare(paths: Sequence[str], data: Path, out: str) -> None:
     """Evaluate runs and report them, beside the committed reference rows of the same architecture."""
-    results = with_reference([result_of(run, data) for run in find_runs(paths)])
+    runs = []
+    for run in find_runs(paths):
+        try:
+            for name in sets_below(data):
+                check_set(data / name, run.info().classes)
+            runs.append(run)
+        except UserError as error:
+            click.echo(f"{run}: left out: {error}", err=True)
+    if not runs:
+        raise UserError(f"{data}: no student here fits these image sets; set --data")
+    results = with_reference([result_of(run, data) for run in runs])
     click.echo(write_report(results, out, "Students compared"))
     click.echo(f"written to {out}/report.md and {out}/report.png")
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from manifests import UserError
 from manifests.progress import progress
-from shards import decode_image, iterate_tar
-from shards.codec import EXTENSIONS, to_float
+from shards import iterate_tar
+from shards.canvas import IMAGE_EXTENSIONS, BadImage, load_canvas
+from shards.codec import to_float
 
 RESULTS = "eval.json"
+CLASSES = "classes.json"  # class names in label order, beside the image sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +40,43 @@ class Score:
         return 100 * math.sqrt(share * (1 - share) / self.images)
 
 
-def read_set(folder: Path, classes: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """(uint8 image [3, H, W], label) of every sample below a folder, in order.
+def check_set(folder: Path, classes: list[str]) -> None:
+    """Make sure that there is an image set, of this class list where the folder above it has a classes.json. Raises UserError."""
+    set_tars(folder)
+    found = folder.parent / CLASSES
+    if found.exists() and json.loads(found.read_text()) != classes:
+        raise UserError(f"{folder}: is of another class list than the shards ({found}); set another validation set, or validation=null")
 
-    Raises UserError for a folder without tars, a sample without image or label, or a label outside the class list.
-    """
+
+def set_tars(folder: Path) -> list[Path]:
+    """The tars of an image set. Raises UserError when there are none."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: no image set here (no *.tar); `make renditions` composes the demo's")
-    for tar in tars:
+    return tars
+
+
+def read_set(folder: Path, classes: int, side: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """(uint8 image [3, side, side], label) of every sample below a folder, in order; images are resized and cropped as stage 1 does.
+
+    Raises UserError for a folder without tars, a sample without image or label, or a label outside the class list.
+    """
+    for tar in set_tars(folder):
         with open(tar, "rb") as file:
             for _, sample in iterate_tar(file, str(tar)):
-                data = next((sample.members[ext] for ext in EXTENSIONS if ext in sample.members), None)
-                if data is None or "cls" not in sample.members:
-                    raise UserError(f"{tar}: sample {sample.key} has no image or no .cls")
-                label = int(sample.members["cls"])
-                if not 0 <= label < classes:
+                data = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
+                label = sample.members.get("cls", b"").decode("ascii", "replace").strip()
+                if data is None or not label.isdecimal():
+                    raise UserError(f"{tar}: sample {sample.key} has no image, or no .cls with a number")
+                if int(label) >= classes:
                     raise UserError(f"{tar}: sample {sample.key} has label {label}, the student knows {classes} classes")
-                yield decode_image(data, f"{tar}: {sample.key}"), label
+                try:
+                    yield load_canvas(data, side), int(label)
+                except BadImage as error:
+                    raise UserError(f"{tar}: sample {sample.key}: {error}") from error
 
 
-def score_set(model: nn.Module, folder: Path, classes: int, device: torch.device, *, bf16: bool, batch: int = 250) -> Score:
+def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, batch: int = 250) -> Score:
     """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back."""
     was_training = model.training
     model.eval()
@@ -71,7 +89,7 @@ def score_set(model: nn.Module, folder: Path, classes: int, device: torch.device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return int((model(x).argmax(1) == y).sum())
 
-    for sample in read_set(folder, classes):
+    for sample in read_set(folder, classes, side):
         pending.append(sample)
         images += 1
         if len(pending) == batch:
@@ -94,20 +112,26 @@ def sets_below(data: Path) -> list[str]:
     return sorted(names, key=lambda name: (first.get(name, 2), name))
 
 
-def evaluate(model: nn.Module, data: Path, classes: int, device: torch.device, *, bf16: bool, label: str) -> dict[str, Score]:
+def evaluate(model: nn.Module, data: Path, classes: int, side: int, device: torch.device, *, bf16: bool, label: str) -> dict[str, Score]:
     """Score a model on every set of a data folder."""
     scores = {}
     names = sets_below(data)
     with progress(len(names), f"evaluating {label}", "set") as bar:
         for name in names:
-            scores[name] = score_set(model, data / name, classes, device, bf16=bf16)
+            scores[name] = score_set(model, data / name, classes, side, device, bf16=bf16)
             bar.update()
     return scores
 
 
-def scores_to_json(scores: dict[str, Score]) -> str:
-    return json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2) + "\n"
+def scores_to_json(scores: dict[str, Score], made_from: str) -> str:
+    """``made_from``: fingerprint of the weights and the sets that were scored."""
+    return json.dumps({"made_from": made_from, "scores": {name: asdict(score) for name, score in scores.items()}}, indent=2) + "\n"
 
 
-def scores_from_json(text: str) -> dict[str, Score]:
-    return {name: Score(**score) for name, score in json.loads(text).items()}
+def scores_from_json(text: str, made_from: str) -> dict[str, Score] | None:
+    """The scores, or None when they are of other weights or sets, or unreadable: then they are measured again."""
+    try:
+        tree = json.loads(text)
+        return {name: Score(**score) for name, score in tree["scores"].items()} if tree["made_from"] == made_from else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

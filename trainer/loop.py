@@ -25,9 +25,9 @@ from shards import Batch, TrainingReader
 from shards.codec import to_float
 
 from .augmentation import Augment
-from .checkpoint import BEST, METRICS, StudentDir, describe
-from .evaluate import score_set
-from .objectives import STREAMS, distillation_kl, plain_loss
+from .checkpoint import BEST, LAST, METRICS, StudentDir, describe
+from .evaluate import check_set, score_set
+from .objectives import STREAMS, student_loss
 from .recipe import Optimizer, Recipe
 from .schedule import learning_rate
 from .student import create_student
@@ -63,12 +63,14 @@ def train(recipe: Recipe, out: str) -> StudentDir:
     side = int(run_info.recipe["canvas"])
     torch.manual_seed(recipe.seed)
     student = create_student(recipe.student, len(reader.classes), side).to(device).to(memory_format=torch.channels_last)
+    settings = recipe.optimizer
+    optimizer = create_optimizer(student, settings)
+    if recipe.validation is not None:
+        check_set(Path(recipe.validation), reader.classes)
     directory = StudentDir(out)
     directory.claim(describe(recipe, student, reader.classes, side, run_info.fingerprint))
     if recipe.check_shards:
         reader.check()
-    settings = recipe.optimizer
-    optimizer = create_optimizer(student, settings)
     average = timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None
     at = _resume(directory, student, optimizer, average)
     total = recipe.epochs * reader.steps
@@ -142,18 +144,20 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     halves = list(batch.values())
-    images = to_float(torch.cat([half.images for half in halves]).to(device, non_blocking=True))
+    images = to_float(torch.cat([half.images for half in halves]).to(device))
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         outputs = student(images).float().split([len(half.images) for half in halves])  # one joint forward for clean and DAD
     clean = halves[0]
     settings = recipe.loss
-    terms = {"ce": plain_loss(outputs[0], clean.labels.to(device))}
-    loss = terms["ce"]
-    if settings.objective != "plain":
-        for name, output, half in zip(("kl_clean", "kl_dad"), outputs, halves, strict=False):
-            terms[name] = distillation_kl(output, half.logits.to(device), settings.temperature)
-            loss = loss + settings.weight * terms[name]
+    loss, terms = student_loss(
+        settings.objective,
+        clean.labels.to(device),
+        outputs,
+        [half.logits.to(device) for half in halves],
+        temperature=settings.temperature,
+        weight=settings.weight,
+    )
     values = {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
     if not math.isfinite(values["loss"]):
         keys = ", ".join(key for half in halves for key in half.keys)
@@ -173,7 +177,8 @@ def _end_of_epoch(
     row: dict[str, float] = {"epoch": at.epoch} | {name: total / reader.steps for name, total in at.sums.items()}
     better = True
     if recipe.validation is not None:
-        row["val_top1"] = score_set(model, Path(recipe.validation), len(reader.classes), device, bf16=bf16).top1
+        side = int(next(iter(reader.datasets.values())).info.recipe["canvas"])
+        row["val_top1"] = score_set(model, Path(recipe.validation), len(reader.classes), side, device, bf16=bf16).top1
         better = row["val_top1"] >= at.best
         at.best = max(at.best, row["val_top1"])
         log.add_scalar("val_top1", row["val_top1"], (at.epoch + 1) * reader.steps)
@@ -187,7 +192,7 @@ def _end_of_epoch(
 
 def _csv(rows: list[dict[str, float]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
     return text.getvalue()
@@ -204,8 +209,11 @@ def _resume(directory: StudentDir, student: nn.Module, optimizer: torch.optim.Op
     state = directory.load_last()
     if state is None:
         return Progress()
-    student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
-    if average is not None:
-        average.module.load_state_dict(state["average"])
-    return Progress(**state["progress"])
+    try:
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.module.load_state_dict(state["average"])
+        return Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again") from error

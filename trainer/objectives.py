@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,24 +27,31 @@ def plain_loss(student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(student.float(), labels)
 
 
-def kd_loss(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor, *, temperature: float, weight: float) -> torch.Tensor:
-    """Paper eq. 7: CE(student(x), y) + a T^2 KL(teacher(x) || student(x); T)."""
-    return plain_loss(student, labels) + weight * distillation_kl(student, teacher, temperature)
-
-
-def dad_loss(
-    student: torch.Tensor,
+def student_loss(
+    objective: Objective,
     labels: torch.Tensor,
-    teacher: torch.Tensor,
-    student_dad: torch.Tensor,
-    teacher_dad: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
     *,
     temperature: float,
     weight: float,
-) -> torch.Tensor:
-    """Paper eq. 9: `kd_loss` on clean images + a T^2 KL(teacher(x'') || student(x''); T) on DAD images. No labels on x''.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of an objective and its terms.
 
-    The clean and the DAD half may have different sizes; each is averaged over its own.
+    outputs, teacher: logits [B, classes] of the student and the teacher, on the clean images and, for dad, on the DAD images after
+    them; the two may differ in B, each term is averaged over its own. labels: [B] of the clean images.
+
+    - plain: CE(student(x), y)
+    - kd (paper eq. 7): + a T^2 KL(teacher(x) || student(x); T)
+    - dad (paper eq. 9): + a T^2 KL(teacher(x'') || student(x''); T). No labels on x''.
     """
-    clean = kd_loss(student, labels, teacher, temperature=temperature, weight=weight)
-    return clean + weight * distillation_kl(student_dad, teacher_dad, temperature)
+    terms = {"ce": plain_loss(outputs[0], labels)}
+    if objective != "plain":
+        terms["kl_clean"] = distillation_kl(outputs[0], teacher[0], temperature)
+    if objective == "dad":
+        terms["kl_dad"] = distillation_kl(outputs[1], teacher[1], temperature)
+    loss = terms["ce"]
+    for name in ("kl_clean", "kl_dad"):
+        if name in terms:
+            loss = loss + weight * terms[name]
+    return loss, terms

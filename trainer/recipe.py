@@ -78,11 +78,11 @@ class Recipe:
     """Decay of the exponential moving average of the weights, which is what is evaluated and exported. 0: none."""
     window: Positive = 16
     """Shards that are shuffled together."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of initial weights, order and augmentation."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device has it in hardware."""
-    validation: Annotated[str | None, Location] = None
+    validation: str | None = None
     """WebDataset tars to choose the best checkpoint by (top-1). None: the last is the best."""
     device: Annotated[str, Execution] = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .evaluate import Score
 
-REFERENCE = Path(__file__).parent / "reference" / "demo-table.json"  # written by `make demo-table`
+REFERENCE = Path(__file__).parent / "reference" / "demo-table.json"  # a copy of what `make demo-table` wrote
 ORDER = ("plain", "kd", "dad")
 
 
@@ -24,6 +24,7 @@ class Result:
     objective: str
     seed: int
     scores: Mapping[str, Score]
+    recipe: str = ""  # fingerprint of everything but the seed; only runs that share it are seeds of one thing
     reference: bool = False  # from the committed table, not from this machine's runs
 
 
@@ -36,7 +37,9 @@ class Cell:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.error:.1f}"
+        if not self.count:
+            return "–"
+        return f"{self.mean:.1f}" + ("" if math.isnan(self.error) else f" ± {self.error:.1f}")
 
 
 def summarize(results: Sequence[Result], name: str) -> Cell:
@@ -51,11 +54,22 @@ def summarize(results: Sequence[Result], name: str) -> Cell:
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by row of the table; students of one architecture stand together, plain before KD before DAD."""
+    """Results by row of the table; students of one architecture stand together, plain before KD before DAD.
+
+    Seeds of one recipe share a row; students of other recipes or shards get rows of their own, marked by the recipe's fingerprint.
+    """
     found: dict[str, list[Result]] = {}
     known = {objective: i for i, objective in enumerate(ORDER)}
-    for result in sorted(results, key=lambda r: (r.student, known.get(r.objective, 9), r.reference, r.seed)):
-        label = f"{result.student} {result.objective}" + (" (reference)" if result.reference else "")
+    recipes: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        if not result.reference:
+            recipes.setdefault((result.student, result.objective), set()).add(result.recipe)
+    for result in sorted(results, key=lambda r: (r.student, known.get(r.objective, 9), r.reference, r.recipe, r.seed)):
+        label = f"{result.student} {result.objective}"
+        if result.reference:
+            label += " (reference)"
+        elif len(recipes[result.student, result.objective]) > 1:
+            label += f" [{result.recipe[:6]}]"
         found.setdefault(label, []).append(result)
     return found
 
@@ -138,8 +152,13 @@ def from_json(text: str, *, reference: bool) -> list[Result]:
 
 
 def with_reference(results: Sequence[Result]) -> list[Result]:
-    """Add the committed rows for every (student, objective) of the demo that these results compare with but do not hold."""
+    """Add the committed rows of the demo for every (student, objective) that these results compare with but do not hold.
+
+    Only when the image sets are the same ones, by name and number of images.
+    """
     have = {(r.student, r.objective) for r in results}
     students = {r.student for r in results}
+    sets = {name: score.images for result in results for name, score in result.scores.items()}
     known = from_json(REFERENCE.read_text(), reference=True) if REFERENCE.exists() else []
-    return [*results, *(r for r in known if r.student in students and (r.student, r.objective) not in have)]
+    comparable = [r for r in known if {name: score.images for name, score in r.scores.items()} == sets]
+    return [*results, *(r for r in comparable if r.student in students and (r.student, r.objective) not in have)]

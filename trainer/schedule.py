@@ -6,7 +6,7 @@ import math
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Linear from 0 to ``peak`` over ``warmup`` steps, then half a cosine down to 0 at ``total``."""
+    """Linear up to ``peak`` over ``warmup`` steps, then half a cosine down to 0 at ``total``."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)

@@ -1,10 +1,11 @@
 """Compose the demo's image sets from the glyphs: WebDataset tars of JPEG + class index, as any user would bring.
 
-Every image is seeded by its own key, so the sets are the same on every machine and in every order.
+Every image is seeded by its own key, so the sets are the same in every order (and on every machine of the same kind).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from shards.codec import to_uint8
 
 from .glyphs import load_glyphs
 from .scene import PAPER, TRAIN, V2, Scenes, SceneStyle, draw_scenes, render_scenes
-from .styles import CLASSES, CLEAN, RELATED, SEEN, SKETCH_SEEN, SKETCH_UNSEEN, UNSEEN
+from .styles import CLASSES, CLEAN, RELATED, SEEN, SKETCH_SEEN, SKETCH_UNSEEN, UNSEEN, display_name
 
 TAR_SAMPLES = 500
 FORMAT = ImageFormat(format="jpg", quality=95)
@@ -53,6 +54,7 @@ def compose(out: Path, names: tuple[str, ...] = tuple(SETS)) -> None:
     store = Store(out)
     store.remove_stale_temporaries()
     todo = [name for name in names if not store.exists(f"{name}/done")]
+    store.write("classes.json", (json.dumps([display_name(name) for name in CLASSES]) + "\n").encode())
     with tqdm(total=sum(len(_members(glyphs, SETS[name])) for name in todo), desc="composing", unit="img", disable=None) as bar:
         for name in todo:
             tar, count = TarWriter(), 0

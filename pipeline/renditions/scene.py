@@ -42,9 +42,6 @@ class Scenes:
     affine: torch.Tensor  # [B, 2, 3], canvas -> glyph coordinates in [-1, 1]
     background: torch.Tensor  # [B, 3, GRID, GRID] in [0, 1]
 
-    def __getitem__(self, index: slice | torch.Tensor) -> Scenes:
-        return Scenes(self.affine[index], self.background[index])
-
     @staticmethod
     def concatenate(scenes: list[Scenes]) -> Scenes:
         return Scenes(torch.cat([s.affine for s in scenes]), torch.cat([s.background for s in scenes]))

@@ -197,7 +197,7 @@ def test_a_polite_end(world, start, cli, tmp_path: Path) -> None:  # type: ignor
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert err.splitlines()[-1] == "interrupted: finished work is kept; run the same command again to go on"
+    assert err.splitlines()[-1] == "interrupted; what was finished is kept, and the same command goes on from there"
     assert not leftovers(out)
     assert "1 of 3 shards done, 2 missing" in cli("status", out).out
 

@@ -150,7 +150,7 @@ def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "b.tar", [("z.jpg", b""), ("x.jpg", b"")])
     with pytest.raises(UserError, match=r"b\.tar: key 'x' occurs twice"):
         plan_source(str(tmp_path), CLASSES, 10)
-    write_tar(tmp_path / "b.tar", [("d/e.jpg", b""), ("d e.jpg", b"")])
+    write_tar(tmp_path / "b.tar", [("d/e.jpg", b""), ("d-e.jpg", b"")])
     with pytest.raises(UserError, match=r"b\.tar: key 'd-e' occurs twice"):
         plan_source(str(tmp_path), CLASSES, 10)
     (tmp_path / "b.tar").unlink()

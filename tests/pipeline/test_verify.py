@@ -231,7 +231,7 @@ def rewrite(run: Path, shard: int, change: Callable[[str, dict[str, bytes]], Non
 
 def test_reinference_of_a_good_run(finished_run: Path) -> None:
     """The teacher, asked again about every sample in batches of other samples, agrees with what is stored."""
-    assert list(reinfer(str(finished_run), 100, ())) == []
+    assert list(reinfer(str(finished_run), 100, 0, ())) == []
 
 
 def test_logits_altered_consistently(run_copy: Path) -> None:
@@ -247,7 +247,7 @@ def test_logits_altered_consistently(run_copy: Path) -> None:
 
     rewrite(run_copy, 1, shift)
     assert named(run_copy) == []
-    lines = list(reinfer(str(run_copy), 100, ()))
+    lines = list(reinfer(str(run_copy), 100, 0, ()))
     assert len(lines) == 3 and all(any(f"dad sample {key}: logits differ" in line for line in lines) for key in changed)
 
 
@@ -261,7 +261,7 @@ def test_an_image_exchanged_consistently(run_copy: Path) -> None:
             members["jpg"] = first[0]
 
     rewrite(run_copy, 0, exchange)
-    assert named(run_copy) == [] and len(list(reinfer(str(run_copy), 100, ()))) >= 1
+    assert named(run_copy) == [] and len(list(reinfer(str(run_copy), 100, 0, ()))) >= 1
 
 
 def test_a_label_altered_consistently(run_copy: Path) -> None:
@@ -292,9 +292,9 @@ def test_another_teacher(world, finished_run: Path, tmp_path: Path) -> None:  # 
     from safetensors.torch import load_file, save_file
 
     clip = Path(shutil.copytree(world.clip, tmp_path / "clip"))
-    assert list(reinfer(str(finished_run), 5, (f"teacher.model=local-dir:{clip}",))) == []
+    assert list(reinfer(str(finished_run), 5, 0, (f"teacher.model=local-dir:{clip}",))) == []
     weights = load_file(clip / "open_clip_model.safetensors")
     weights["visual.proj"][0] += 1
     save_file(weights, clip / "open_clip_model.safetensors")
     with pytest.raises(UserError, match=r"teacher\.model: this is not the teacher that labelled"):
-        list(reinfer(str(finished_run), 5, (f"teacher.model=local-dir:{clip}",)))
+        list(reinfer(str(finished_run), 5, 0, (f"teacher.model=local-dir:{clip}",)))

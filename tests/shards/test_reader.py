@@ -168,13 +168,13 @@ def test_one_stream_alone(plain_run: Path) -> None:
 
 def test_too_few_samples(plain_run: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     """Fewer clean samples than one batch, fewer DAD samples than batches, fewer of a batch than ranks: refused; what is advised works."""
-    with pytest.raises(UserError, match="48 clean samples are fewer than one batch of 49; lower batch_size"):
+    with pytest.raises(UserError, match="48 clean samples are fewer than one batch of 49; lower batch"):
         reader(plain_run, 49)
-    with pytest.raises(UserError, match=r"only \d+ dad samples for 48 batches an epoch; raise batch_size to (\d+) or more") as caught:
+    with pytest.raises(UserError, match=r"only \d+ dad samples for 48 batches an epoch; raise batch to (\d+) or more") as caught:
         reader(plain_run, 1)
-    advised = int(str(caught.value).split("raise batch_size to ")[1].split()[0])
+    advised = int(str(caught.value).split("raise batch to ")[1].split()[0])
     assert reader(plain_run, advised).steps > 1
-    with pytest.raises(UserError, match="raise batch_size"):
+    with pytest.raises(UserError, match="raise batch"):
         reader(plain_run, 2, world=3, streams=("clean",))
     nothing = make_run(tmp_path / "run", sizes=(2, 2), edit=None)
     assert reader(nothing, 2).steps == 2

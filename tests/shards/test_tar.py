@@ -121,7 +121,10 @@ def test_split_name() -> None:
 
 def test_index_agrees_with_reading_and_reading_may_start_anywhere() -> None:
     data, extents = build()
-    assert list(index_tar(io.BytesIO(data), "t.tar")) == [(extents[key].offset, key) for key in SAMPLES]
+    index = list(index_tar(io.BytesIO(data), "t.tar"))
+    assert [(offset, sample.key) for offset, sample in index] == [(extents[key].offset, key) for key in SAMPLES]
+    for _, sample in index:  # labels are read, nothing else is
+        assert {name: body for name, body in sample.members.items() if body} == {"cls": SAMPLES[sample.key]["cls"]}
     for n, key in enumerate(SAMPLES):
         assert list(read(data, extents[key].offset)) == list(SAMPLES)[n:]
 

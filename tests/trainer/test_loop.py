@@ -19,7 +19,7 @@ from manifests import UserError
 from shards import TrainingReader
 from trainer.checkpoint import BEST, LAST, StudentDir
 from trainer.loop import train, train_step
-from trainer.objectives import dad_loss
+from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
 from trainer.student import create_student
 
@@ -59,10 +59,8 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
 
     clean, dad = batch["clean"], batch["dad"]
     logits = students[1](torch.cat([clean.images, dad.images]).float() / 255)
-    loss = dad_loss(
-        logits[: len(clean.images)], clean.labels, clean.logits.float(), logits[len(clean.images) :], dad.logits.float(),
-        temperature=4.0, weight=0.5,
-    )  # fmt: skip
+    outputs = logits.split([len(clean.images), len(dad.images)])
+    loss, _ = student_loss("dad", clean.labels, outputs, [clean.logits.float(), dad.logits.float()], temperature=4.0, weight=0.5)
     loss.backward()
     assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for mine, theirs in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -187,3 +185,22 @@ def test_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"last\.pt"):
         train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
     shutil.rmtree(tmp_path / "student")
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way(tiny_run: Path, tmp_path: Path) -> None:
+    """Ctrl-C before the first checkpoint, then another recipe: there was nothing to lose."""
+    out = tmp_path / "student"
+    train(recipe(tiny_run, "epochs=1"), str(out))
+    (out / LAST).unlink()
+    train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(out))
+    with pytest.raises(UserError, match="'adamw'"):
+        train(recipe(tiny_run, "optimizer.name=adamww"), str(tmp_path / "other"))
+
+
+def test_validation_set_of_another_class_list_is_refused_before_the_first_step(tiny_run: Path, tmp_path: Path) -> None:
+    validation = write_image_set(tmp_path / "sets" / "val")
+    (tmp_path / "sets" / "classes.json").write_text('["some", "other", "names"]')
+    with pytest.raises(UserError, match="another class list"):
+        train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
+    with pytest.raises(UserError, match="no image set here"):
+        train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from trainer.objectives import dad_loss, distillation_kl, kd_loss, plain_loss
+from trainer.objectives import distillation_kl, plain_loss, student_loss
 
 
 def _softmax(logits: list[float], temperature: float) -> list[float]:
@@ -41,22 +41,24 @@ def test_dad_loss_is_equation_9(temperature: float, weight: float) -> None:
         + weight * temperature**2 * _kl(TEACHER, STUDENT, temperature)
         + weight * temperature**2 * _kl(TEACHER_DAD, STUDENT_DAD, temperature)
     )
-    tensors = [torch.tensor(v) for v in (STUDENT, LABELS, TEACHER, STUDENT_DAD, TEACHER_DAD)]
-    assert float(dad_loss(*tensors, temperature=temperature, weight=weight)) == pytest.approx(expected, rel=1e-5)
+    student, teacher = ([torch.tensor(v) for v in pair] for pair in ((STUDENT, STUDENT_DAD), (TEACHER, TEACHER_DAD)))
+    loss, terms = student_loss("dad", torch.tensor(LABELS), student, teacher, temperature=temperature, weight=weight)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert list(terms) == ["ce", "kl_clean", "kl_dad"]
 
 
 def test_kd_loss_is_equation_7() -> None:
     expected = _ce(STUDENT, LABELS) + 0.5 * 16 * _kl(TEACHER, STUDENT, 4.0)
-    made = kd_loss(torch.tensor(STUDENT), torch.tensor(LABELS), torch.tensor(TEACHER), temperature=4.0, weight=0.5)
-    assert float(made) == pytest.approx(expected, rel=1e-5)
+    logits = [torch.tensor(STUDENT)], [torch.tensor(TEACHER)]
+    loss, _ = student_loss("kd", torch.tensor(LABELS), *logits, temperature=4.0, weight=0.5)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_label_acts_on_dad_images() -> None:
     """Eq. 9 has no cross-entropy on x'': the gradient there vanishes when the student agrees with the teacher, right or wrong."""
     agreed = torch.tensor(TEACHER_DAD, requires_grad=True)
-    loss = dad_loss(
-        torch.tensor(STUDENT), torch.tensor(LABELS), torch.tensor(TEACHER), agreed, torch.tensor(TEACHER_DAD), temperature=4.0, weight=0.5
-    )
+    teacher = [torch.tensor(TEACHER), torch.tensor(TEACHER_DAD)]
+    loss, _ = student_loss("dad", torch.tensor(LABELS), [torch.tensor(STUDENT), agreed], teacher, temperature=4.0, weight=0.5)
     (gradient,) = torch.autograd.grad(loss, agreed)
     assert gradient.abs().max() < 1e-6
 
@@ -69,4 +71,6 @@ def test_float16_teacher_logits_are_softened_in_float32() -> None:
 
 
 def test_plain_loss_ignores_the_teacher() -> None:
-    assert float(plain_loss(torch.tensor(STUDENT), torch.tensor(LABELS))) == pytest.approx(_ce(STUDENT, LABELS), rel=1e-6)
+    alone = plain_loss(torch.tensor(STUDENT), torch.tensor(LABELS))
+    loss, _ = student_loss("plain", torch.tensor(LABELS), [torch.tensor(STUDENT)], [torch.tensor(TEACHER)], temperature=4.0, weight=0.5)
+    assert float(loss) == float(alone) == pytest.approx(_ce(STUDENT, LABELS), rel=1e-6)

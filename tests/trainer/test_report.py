@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from manifests import UserError
+from trainer import report
 from trainer.evaluate import Score, score_set, scores_from_json, scores_to_json, sets_below
-from trainer.report import Result, difference, from_json, markdown, picture, summarize, to_json
+from trainer.report import Result, difference, from_json, groups, markdown, picture, summarize, to_json
 
-from .conftest import CLASSES, write_image_set
+from .conftest import CLASSES, SIDE, write_image_set
 
 
 class Constant(nn.Module):
@@ -33,10 +34,12 @@ def _results() -> list[Result]:
 
 def test_top1_counts_and_binomial_error(tmp_path: Path) -> None:
     folder = write_image_set(tmp_path / "set", images=23)
-    score = score_set(Constant(), folder, CLASSES, torch.device("cpu"), bf16=False, batch=7)
+    score = score_set(Constant(), folder, CLASSES, SIDE, torch.device("cpu"), bf16=False, batch=7)
     assert (score.right, score.images) == (5, 23)
     assert score.error == pytest.approx(100 * math.sqrt(5 / 23 * 18 / 23 / 23))
-    assert scores_from_json(scores_to_json({"set": score})) == {"set": score}
+    assert scores_from_json(scores_to_json({"set": score}, "a"), "a") == {"set": score}
+    assert scores_from_json(scores_to_json({"set": score}, "a"), "b") is None  # of other weights or sets
+    assert scores_from_json("torn", "a") is None
 
 
 def test_mean_and_standard_error_between_seeds() -> None:
@@ -67,3 +70,19 @@ def test_missing_sets_are_named(tmp_path: Path) -> None:
         sets_below(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no evaluation sets"):
         sets_below(tmp_path)
+
+
+def test_runs_of_different_recipes_are_not_seeds_of_one() -> None:
+    score = {"val": Score(right=50, images=100)}
+    runs = [Result(student="resnet18", objective="dad", seed=seed, scores=score, recipe=recipe) for seed in (0, 1) for recipe in "ab"]
+    assert {label: len(group) for label, group in groups(runs).items()} == {"resnet18 dad [a]": 2, "resnet18 dad [b]": 2}
+
+
+def test_reference_rows_join_only_the_same_image_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reference = tmp_path / "demo-table.json"
+    reference.write_text(to_json(_results()))
+    monkeypatch.setattr(report, "REFERENCE", reference)
+    mine = Result(student="resnet18", objective="dad", seed=0, scores={"val": Score(right=1, images=100)})
+    assert [r.objective for r in report.with_reference([mine]) if r.reference] == ["plain"] * 3
+    other = Result(student="resnet18", objective="dad", seed=0, scores={"val": Score(right=1, images=99)})
+    assert report.with_reference([other]) == [other]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.canvas import BadImage, load_canvas
+from shards.canvas import BadImage, load_canvas
 
 
 def encode(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -195,7 +195,7 @@ def test_too_small_to_mean_anything() -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from pipeline.canvas import BadImage, load_canvas
+from shards.canvas import BadImage, load_canvas
 import torch, numpy
 load_canvas(Path(sys.argv[2]).read_bytes(), 32)
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -244,9 +244,7 @@ def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., An
     (tmp_path / "gs").chmod(0o755)
     eps = tmp_path / "image.jpg"
     eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n0 0 40 40 rectfill\nshowpage\n%%EOF\n")
-    program = (
-        "import sys; from pipeline.canvas import *\ntry: load_canvas(open(sys.argv[1], 'rb').read(), 32)\nexcept BadImage: print('bad')"
-    )
+    program = "import sys; from shards.canvas import *\ntry: load_canvas(open(sys.argv[1], 'rb').read(), 32)\nexcept BadImage: print('bad')"
     import os
 
     told = python(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
