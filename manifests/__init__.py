@@ -6,7 +6,8 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `Store`: the one place that opens paths and URLs; atomic writes.
 - `recipe_dataclass`, `load_recipe`: recipes (YAML to frozen dataclass) with refusals that name the nearest field.
 - `load_weights`, `find_file`: tensors from files, never code.
-- `UserError`: a one-line message for the user.
+- `UserError`: a one-line message for the user; `command`: how command lines print it.
+- `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """
 
 from .errors import UserError

@@ -5,6 +5,7 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `ShardDataset`: one stream of a sealed run as a random-access dataset. ``ShardDataset("data/demo", "dad")[0].image``
 - `TrainingReader`: planned, resumable batches of clean and DAD samples side by side.
 - `TarWriter`, `iterate_tar`: deterministic writing, distrustful reading of WebDataset tars.
+- `canvas.load_canvas`: from any image file to square pixels; the same for training and evaluation.
 - `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages.
 """
 
