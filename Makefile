@@ -28,7 +28,7 @@ help: ## print this list
 $(VENV)/ready: setup.cfg
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (about two minutes, once)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(RUN) -m pip install -qq --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 $(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
