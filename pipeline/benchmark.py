@@ -60,8 +60,12 @@ def main(recipe: str, images: int, repeats: int, overrides: tuple[str, ...]) -> 
         with torch.no_grad():
             models.teacher(x)
 
+    def discretize() -> None:
+        with torch.no_grad():
+            models.discretizer(x)
+
     parts: dict[str, tuple[Callable[[], object], int]] = {
-        "Q, twice an image": (lambda: models.discretizer(x), 2),
+        "Q, twice an image": (discretize, 2),
         "teacher forward, three times": (forward, 3),
         "teacher gradient, once a step": (lambda: loss_gradient(x, y, models.teacher), settings.attack.steps),
         "canvas, encode, decode": (lambda: list(prepare(replace(piece, count=len(samples)), settings, classes)), 1),

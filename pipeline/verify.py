@@ -18,9 +18,9 @@ from shards.codec import to_float
 from .generate import recipe_of
 from .models import Models, load_models
 
-# Largest difference of a logit that recomputing may show, relative to the largest logit of the sample: rounding to the stored
-# float16 (2^-11), and in bf16 (2^-8) the other summation order of a batch of another size, through a deep network.
-TOLERANCE = {"fp32": 2**-9, "bf16": 2**-4}
+# Largest difference of a logit that recomputing may show, relative to the largest logit of the sample. On the machine that made the
+# shards it is the rounding to float16 (2^-11); on another kind, sums run in another order: a few float16 steps, or one of bf16.
+TOLERANCE = {"fp32": 2**-9, "bf16": 2**-7}
 
 
 def problems(out: str) -> Iterator[str]:

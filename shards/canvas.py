@@ -25,10 +25,11 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
     Raises BadImage.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on odd metadata would tear the progress bar, once an image
-            picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
-            image = _to_rgb(ImageOps.exif_transpose(picture))
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
+                image = _to_rgb(ImageOps.exif_transpose(picture))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
         raise BadImage(f"unreadable image: {' '.join(str(error).split())[:160]}") from error
     width, height = image.size
