@@ -8,12 +8,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from .errors import UserError
+from .recipe import as_tree
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -84,3 +87,20 @@ def as_overrides(named: Mapping[str, object]) -> list[str]:
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override one field of the recipe, e.g. attack.eps=0.2. Repeatable."
 )
+
+
+def recipe_option_of(folder: Path) -> Callable[[Any], Any]:
+    """The option ``--recipe``, whose help lists the recipes of a room's folder."""
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    return click.option("--recipe", default="demo", show_default=True, metavar="FILE|NAME", help=f"A YAML file, or one of: {names}.")
+
+
+def add_recipe_command(group: click.Group, load: Callable[[str, Sequence[str]], Any]) -> None:
+    """Give a command line the command ``recipe``; ``load`` makes a recipe of a file or name and overrides."""
+
+    @group.command("recipe")
+    @click.argument("recipe", metavar="FILE|NAME", default="demo")
+    @set_option
+    def show_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
+        """Print a recipe with every field resolved."""
+        click.echo(yaml.safe_dump(as_tree(load(recipe, overrides)), sort_keys=False), nl=False)

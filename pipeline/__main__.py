@@ -6,10 +6,8 @@ import secrets
 import time
 
 import click
-import yaml
 
-from manifests.command import ProjectGroup, as_overrides, set_option
-from manifests.recipe import as_tree
+from manifests.command import ProjectGroup, add_recipe_command, as_overrides, recipe_option_of, set_option
 
 from .recipe import FOLDER, load
 
@@ -25,13 +23,7 @@ def main() -> None:
     """
 
 
-recipe_option = click.option(
-    "--recipe",
-    default="demo",
-    show_default=True,
-    metavar="FILE|NAME",
-    help=f"A YAML file, or one of: {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}.",
-)
+recipe_option = recipe_option_of(FOLDER)
 data_option = click.option("--data", metavar="DIR", help="WebDataset tars or an ImageFolder; short for --set source.data=DIR.")
 out_argument = click.argument("out", metavar="OUT")
 
@@ -92,12 +84,7 @@ def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...])
         click.echo(f"{out}: the teacher agrees with the stored labels and logits of up to {samples} random samples of each stream")
 
 
-@main.command("recipe")
-@click.argument("recipe", metavar="FILE|NAME", default="demo")
-@set_option
-def show_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print a recipe with every field resolved."""
-    click.echo(yaml.safe_dump(as_tree(load(recipe, overrides)), sort_keys=False), nl=False)
+add_recipe_command(main, load)
 
 
 if __name__ == "__main__":

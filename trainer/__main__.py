@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import yaml
 
-from manifests.command import ProjectGroup, as_overrides, set_option
-from manifests.recipe import as_tree
+from manifests.command import ProjectGroup, add_recipe_command, as_overrides, recipe_option_of, set_option
 
 from .recipe import FOLDER, load
 
@@ -23,13 +21,7 @@ def main() -> None:
     """
 
 
-recipe_option = click.option(
-    "--recipe",
-    default="demo",
-    show_default=True,
-    metavar="FILE|NAME",
-    help=f"A YAML file, or one of: {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}.",
-)
+recipe_option = recipe_option_of(FOLDER)
 data_option = click.option(
     "--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path), help="Folder of evaluation sets."
 )
@@ -86,12 +78,7 @@ def table(recipe: str, seeds: int, data: Path, student: str | None, shards: str 
     demo_table(recipe, seeds, out, data, [*as_overrides({"student": student, "shards": shards}), *overrides])
 
 
-@main.command("recipe")
-@click.argument("recipe", metavar="FILE|NAME", default="demo")
-@set_option
-def show_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print a recipe with every field resolved."""
-    click.echo(yaml.safe_dump(as_tree(load(recipe, overrides)), sort_keys=False), nl=False)
+add_recipe_command(main, load)
 
 
 if __name__ == "__main__":
