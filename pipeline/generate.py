@@ -44,7 +44,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     run = RunDir(out)
     classes_file = find_file(recipe.source.classes, "source.classes")
     classes = load_classes(classes_file)
-    plan = plan_source(recipe.source.data, classes, recipe.source.shard_size)
+    plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
     models = load_models(recipe, classes)
     info = RunInfo(
         recipe=as_tree(recipe),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manifests import Execution, Location, load_recipe, recipe_dataclass
+from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
 from shards import ImageFormat
 
 from .attack import AttackSettings
@@ -22,11 +22,17 @@ class Source:
     """The labelled images to start from."""
 
     data: Annotated[str, Location]
-    """A folder of WebDataset tars (or one tar), or an ImageFolder (one sub-folder per class)."""
-    classes: Annotated[str, Location]
-    """YAML file: `classes` (names, in label order), optionally `folders` (an ImageFolder's folder names, in the same order)."""
+    """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; tars or Parquet files by name with braces
+    (`train-{000000..001281}.tar`), several joined by `::`; or, on the command line only, `pipe:COMMAND` for each tar."""
+    classes: Annotated[str, Location] = "imagenet-1k"
+    """`imagenet-1k` (open_clip's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order), optionally
+    `folders` (an ImageFolder's folder names, in the same order) and `templates`."""
     shard_size: Annotated[int, Field(ge=1)] = 1000
-    """Source samples per shard, at most. Small shards make a short tail and lose little when a worker dies."""
+    """Source samples per shard, about: whole tars stay whole where they can. Small shards make a short tail and lose little when a
+    worker dies."""
+    keys: Literal["name", "place"] = "name"
+    """What a sample's key comes from. name: its own name (tar member, file path, Parquet `image.path`). place: file and number,
+    for sources whose names repeat."""
 
 
 @recipe_dataclass
@@ -94,4 +100,7 @@ class Recipe:
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides."""
-    return load_recipe(Recipe, name, FOLDER, overrides)
+    recipe = load_recipe(Recipe, name, FOLDER, overrides)
+    if "pipe:" in recipe.source.data and not any(override.startswith("source.data=") for override in overrides):
+        raise UserError(f"{name}: source.data: a recipe is data and starts no commands; give `pipe:` on the command line, with --data")
+    return recipe
