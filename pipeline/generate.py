@@ -14,10 +14,9 @@ from manifests import RunDir, RunInfo, UserError
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
 from manifests.rundir import MANIFEST, RUN, count_statuses, part_name
-from manifests.weights import files_fingerprint, find_file
 
 from .card import CARD, dataset_card
-from .classes import ClassList, load_classes
+from .classes import ClassList, find_classes
 from .gallery import GALLERY, make_gallery
 from .models import Models, load_models
 from .recipe import Recipe
@@ -42,14 +41,13 @@ class Job:
 def prepare_job(recipe: Recipe, out: str) -> Job:
     """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit."""
     run = RunDir(out)
-    classes_file = find_file(recipe.source.classes, "source.classes")
-    classes = load_classes(classes_file)
+    classes, classes_fingerprint = find_classes(recipe.source.classes)
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
     models = load_models(recipe, classes)
     info = RunInfo(
         recipe=as_tree(recipe),
         identity=identity(recipe),
-        fingerprints=models.fingerprints() | {"classes": files_fingerprint([classes_file]), "source": plan.fingerprint},
+        fingerprints=models.fingerprints() | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),
         shards=len(plan.pieces),
         samples=plan.samples,
@@ -150,4 +148,4 @@ def recipe_of(run: RunDir, overrides: tuple[str, ...]) -> tuple[Recipe, ClassLis
     """The recipe that a run was made with, with overrides (for paths that differ here), and its class list."""
     tree = apply_overrides(run.info().recipe, overrides)
     recipe = make_recipe(Recipe, tree, run.store.where(RUN))
-    return recipe, load_classes(find_file(recipe.source.classes, "source.classes"))
+    return recipe, find_classes(recipe.source.classes)[0]

@@ -12,7 +12,7 @@ from manifests import Execution, Location, UserError, load_recipe, recipe_datacl
 from shards import ImageFormat
 
 from .attack import AttackSettings
-from .discretizer import VQGANConfig
+from .discretizer import NamedConfig, VQGANConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -57,8 +57,8 @@ class Discretizer:
     """identity: no discretization, plain adversarial examples."""
     weights: Annotated[str | None, Location] = None
     """Checkpoint in taming's layout (safetensors, or a torch file of tensors)."""
-    config: VQGANConfig = VQGANConfig()
-    """Shape of the VQGAN."""
+    config: NamedConfig = VQGANConfig()
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
 
 
 @recipe_dataclass
