@@ -73,7 +73,9 @@ def named_config(value: object) -> object:
         params = yaml.safe_load(path.read_text())["model"]["params"]
         shape = {**params["ddconfig"], "embed_dim": params["embed_dim"], "n_embed": params["n_embed"]}
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"discretizer.config: {path}: not a VQGAN of taming's layout (model.params.ddconfig, embed_dim, n_embed)") from error
+        raise UserError(
+            f"discretizer.config: {path}: not a VQGAN of taming's layout (model.params.ddconfig, embed_dim, n_embed)"
+        ) from error
     odd = {"double_z": False, "in_channels": 3, "out_ch": 3}
     if wrong := next((name for name, fit in odd.items() if shape.get(name, fit) != fit), None):
         raise UserError(f"discretizer.config: {path}: {wrong} is {shape[wrong]!r}; a VQGAN of images needs {odd[wrong]!r}")

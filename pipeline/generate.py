@@ -20,7 +20,8 @@ from .classes import ClassList, find_classes
 from .gallery import GALLERY, make_gallery
 from .models import Models, load_models
 from .recipe import Recipe
-from .shard_job import Row, run_shard
+from .batch_job import Row
+from .shard_job import run_shard
 from .sources import SourcePlan, plan_source
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "taming-transformers", "timm", "pillow", "numpy", "pyarrow")

@@ -71,6 +71,8 @@ class Output:
     """False: the clean shards hold labels and logits only."""
     codes: bool = False
     """True: store the VQ codes of each DAD image as KEY.codes.npy (uint16)."""
+    attacked_loss: bool = False
+    """True: record the teacher's loss on the attacked image before the second discretization. Costs one more teacher forward."""
 
 
 @recipe_dataclass
@@ -86,6 +88,8 @@ class Recipe:
     """Side of the square images, in pixels: shorter side resized to it, then centre-cropped."""
     batch: Annotated[int, Field(ge=1)] = 64
     """Images per model call. Part of the result's identity: floating point sums depend on it."""
+    compile: bool = False
+    """torch.compile for both models: fewer passes over memory, minutes of warm-up. Changes the last bits of the result."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the models' forward and backward passes. Losses, logits and the perturbation are float32."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -96,6 +100,8 @@ class Recipe:
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
     threads: Annotated[int | None, Field(ge=1), Execution] = None
     """CPU threads of the models. None: all cores."""
+    codec_threads: Annotated[int | None, Field(ge=1), Execution] = None
+    """CPU threads that decode the sources, and as many that encode x'', beside the models. None: half of the cores, at most 16."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -107,7 +107,9 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
     model.eval()
     if settings.weights == RANDOM:
         templates: Sequence[str] = ()
-        head = F.normalize(torch.randn(model.text_projection.shape[1], len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0)
+        head = F.normalize(
+            torch.randn(model.text_projection.shape[1], len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0
+        )
     else:
         templates = _templates(settings, classes)
         head = cached_head(model.to(device), tokenizer, classes.names, templates, bpe)
@@ -206,7 +208,9 @@ def _timm_teacher(settings: TeacherSettings, classes: ClassList, device: torch.d
             model.load_state_dict(load_weights(path))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}") from error
+            raise UserError(
+                f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}"
+            ) from error
     config = timm.data.resolve_data_config(model=model)
     return Teacher(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], made_from={"model": settings.model})
 

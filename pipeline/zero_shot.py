@@ -24,7 +24,10 @@ def zero_shot_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], tem
     """Mean text embedding of each class over all templates, as unit vectors: [D, classes] (Radford et al., 2021, sec. 3.1.4)."""
     device = next(model.parameters()).device
     columns = []
-    with torch.no_grad(), progress(len(classes), "embedding class names", "class", hidden=len(classes) * len(templates) < WORTH_KEEPING) as bar:
+    with (
+        torch.no_grad(),
+        progress(len(classes), "embedding class names", "class", hidden=len(classes) * len(templates) < WORTH_KEEPING) as bar,
+    ):
         for name in classes:
             tokens = tokenizer([template.format(name) for template in templates]).to(device)
             embedded = F.normalize(model.encode_text(tokens).float(), dim=1).mean(0)  # type: ignore[operator]
