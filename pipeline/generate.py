@@ -15,12 +15,12 @@ from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
 from manifests.rundir import MANIFEST, RUN, count_statuses, part_name
 
+from .batch_job import Row
 from .card import CARD, dataset_card
 from .classes import ClassList, find_classes
 from .gallery import GALLERY, make_gallery
 from .models import Models, load_models
 from .recipe import Recipe
-from .batch_job import Row
 from .shard_job import run_shard
 from .sources import SourcePlan, plan_source
 
