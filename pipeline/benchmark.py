@@ -123,9 +123,8 @@ def _report(recipe: str, settings: Recipe, classes: ClassList, models: Models, p
     )
     click.echo(f"matrix rate:      {rate / 1e12:8.2f} TFLOP/s ({'bf16' if models.bf16 else 'fp32'}); {total / 1e9:,.1f} GFLOP an image")
     if reference:
-        click.echo(
-            f"official loop:    {1 / best['reference']:8.2f} images/s; the whole job is {best['reference'] / best['whole']:.1f} times as fast"
-        )
+        times = best["reference"] / best["whole"]
+        click.echo(f"official loop:    {1 / best['reference']:8.2f} images/s; the whole job is {times:.1f} times as fast")
     if (share := busy_share(whole, device)) is not None:
         click.echo(f"GPU idle share of the whole job: {1 - share:.1%}")
     rows = [(f"{part.name}, {part.times} times", part.times * _fastest(part.call, device, repeats), flops[part.name]) for part in parts]
