@@ -8,6 +8,7 @@ becomes an inert shell; no code of the archive, and no importable function that 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -82,12 +83,12 @@ class _TensorsOnly(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return lambda *args: _tensor(*args)  # a new function each time, as below
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _parameter
+            return lambda data, *_: data
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        return type(name, (_Inert,), {"__module__": module})  # a new class each time: an archive cannot fill a shared one
+        return type(name, (_Inert,), {"__module__": module})  # new each time: an archive can set the attributes of what it is given
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         """A storage as a flat tensor: pid is ("storage", type, file, device, number of elements)."""
@@ -103,11 +104,9 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 def _tensor(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> torch.Tensor:
+    if math.prod(size) > storage.numel():
+        raise ValueError(f"a tensor of shape {tuple(size)} out of {storage.numel()} numbers")
     return storage.as_strided(size, stride, offset).clone()  # as_strided refuses what lies outside the storage
-
-
-def _parameter(data: torch.Tensor, *_: Any) -> torch.Tensor:
-    return data
 
 
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,7 +7,6 @@ import re
 import struct
 import tarfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
