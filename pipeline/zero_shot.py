@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -44,10 +45,12 @@ def cached_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], templa
     if len(classes) * len(templates) < WORTH_KEEPING:
         return zero_shot_head(model, tokenizer, classes, templates).cpu()
     path = cache_folder() / f"{fingerprint([_text_weights(model), list(classes), list(templates), vocabulary])}.safetensors"
-    if not path.exists():
+    try:
+        return load_file(path)["head"]
+    except (FileNotFoundError, SafetensorError, KeyError):  # not there yet, or damaged
         head = zero_shot_head(model, tokenizer, classes, templates).cpu()
         Store(path.parent).write(path.name, save({"head": head.contiguous()}))
-    return load_file(path)["head"]
+        return head
 
 
 def cache_folder() -> Path:

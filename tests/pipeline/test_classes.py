@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from manifests import UserError
-from pipeline.classes import load_classes
+from pipeline.classes import find_classes, load_classes
 
 
 def write(folder: Path, text: str) -> Path:
@@ -61,3 +62,14 @@ def test_not_a_text_file(tmp_path: Path) -> None:
     for path in (tmp_path / "classes.yaml", tmp_path):
         with pytest.raises(UserError, match="not a readable YAML"):
             load_classes(path)
+
+
+def test_imagenet() -> None:
+    """The benchmark's 1000 classes in its order: wnids sorted, names as OpenAI curated them; two pairs of classes share a name."""
+    classes, fingerprint = find_classes("imagenet-1k")
+    assert len(classes.names) == len(classes.folders) == len(set(classes.folders)) == 1000
+    assert list(classes.folders) == sorted(classes.folders) and all(re.fullmatch(r"n\d{8}", folder) for folder in classes.folders)
+    known = {"n01440764": "tench", "n02085620": "Chihuahua", "n02123045": "tabby cat", "n07753592": "banana", "n15075141": "toilet paper"}
+    assert {folder: classes.names[classes.folders.index(folder)] for folder in known} == known
+    assert (classes.folders[0], classes.folders[151], classes.folders[999]) == ("n01440764", "n02085620", "n15075141")
+    assert find_classes("imagenet-1k") == (classes, fingerprint) and not classes.templates

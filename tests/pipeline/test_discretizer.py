@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from manifests import UserError
 from pipeline import discretizer
-from pipeline.discretizer import VQGAN, VQGANConfig, load_discretizer, nearest_code
+from pipeline.discretizer import VQGAN, VQGANConfig, load_discretizer, named_config, nearest_code
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +167,97 @@ def test_decode_is_the_second_half_of_q(world, config: VQGANConfig, pictures: to
     with torch.no_grad():
         images, codes = vqgan(pictures)
         assert torch.equal(vqgan.decode(vqgan.encode(pictures)), images) and torch.equal(vqgan.encode(pictures), codes)
+
+
+TAMING_F16 = """
+model:
+  base_learning_rate: 4.5e-06
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: 256
+    n_embed: 16384
+    monitor: val/rec_loss
+    ddconfig:
+      double_z: false
+      z_channels: 256
+      resolution: 256
+      in_channels: 3
+      out_ch: 3
+      ch: 128
+      ch_mult: [1, 1, 2, 2, 4]
+      num_res_blocks: 2
+      attn_resolutions: [16]
+      dropout: 0.0
+    lossconfig:
+      target: taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator
+      params: {disc_conditional: false, disc_in_channels: 3, disc_start: 0, disc_weight: 0.75, disc_num_layers: 2, codebook_weight: 1.0}
+"""  # vqgan_imagenet_f16_16384/configs/model.yaml, as published
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "downsampling", "codes"),
+    [("f8-16384", 67.7, 8, 16384), ("f8-256", 67.7, 8, 256), ("f16-16384", 76.1, 16, 16384), ("f16-1024", 72.1, 16, 1024)],
+)
+def test_known_shapes(name: str, millions: float, downsampling: int, codes: int) -> None:
+    """By name: encoder, decoder and codebook of the known sizes (f8: 27.4, 40.25 and 0.07 million parameters)."""
+    config = VQGANConfig(**named_config(name))  # type: ignore[arg-type]
+    with torch.device("meta"):
+        vqgan = VQGAN(config)
+    assert sum(p.numel() for p in vqgan.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert config.downsampling == downsampling and len(vqgan.codebook) == codes
+
+
+def test_taming_s_own_yaml(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The YAML beside taming's published weights is the shape known as f16-16384, from the command line too."""
+    from pipeline.recipe import load
+
+    path = tmp_path / "model.yaml"
+    path.write_text(TAMING_F16)
+    by_file, by_name = (load(str(world.recipe), [f"discretizer.config={value}"]).discretizer.config for value in (path, "f16-16384"))
+    assert by_file == by_name == VQGANConfig(**named_config("f16-16384"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("f8-16834", r"no VQGAN is known as 'f8-16834'; did you mean .*'f8-16384'"),
+        ("nowhere.yaml", r"discretizer\.config: nowhere\.yaml: no such file"),
+        ("model: {params: {embed_dim: 4}}", r"not a VQGAN of taming's layout"),
+        ("[1, 2", r"not a VQGAN of taming's layout"),
+        (TAMING_F16.replace("double_z: false", "double_z: true"), r"double_z is True; a VQGAN of images needs False"),
+        (TAMING_F16.replace("in_channels: 3", "in_channels: 1", 1), r"in_channels is 1; a VQGAN of images needs 3"),
+    ],
+)
+def test_shapes_that_are_none(world, tmp_path: Path, value: str, message: str) -> None:  # type: ignore[no-untyped-def]
+    """A misspelt name gets the nearest; a YAML of something else says what is missing. One line each."""
+    from pipeline.recipe import load
+
+    if ":" in value or "[" in value:
+        (tmp_path / "model.yaml").write_text(value)
+        value = str(tmp_path / "model.yaml")
+    with pytest.raises(UserError, match=message) as caught:
+        load(str(world.recipe), [f"discretizer.config={value}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_random_weights_need_no_file(config: VQGANConfig, pictures: torch.Tensor) -> None:
+    """`random` is the same every time, and leaves the process's own random numbers alone."""
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, second = (load_discretizer(config, "random") for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.no_grad():
+        assert torch.equal(first(pictures)[0], second(pictures)[0])
+
+
+@pytest.mark.parametrize("codes", [1, 63, 16384])
+def test_chunks_of_tokens_equal_all_at_once(codes: int) -> None:
+    """More tokens than are held at once: the same codes as from the whole matrix of distances, in the paper's size of codebook too."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(discretizer.NEAREST_CHUNK + 100 if codes < 100 else 500, 4, generator=generator)
+    codebook = torch.randn(codes, 4, generator=generator)
+    found = nearest_code(tokens, codebook)
+    distances = torch.cdist(tokens.double(), codebook.double())
+    reached = distances.gather(1, found[:, None])[:, 0]
+    torch.testing.assert_close(reached, distances.amin(1), atol=1e-6, rtol=1e-6)
+    assert (found == distances.argmin(1)).float().mean() > 0.999  # float32 may take the other of two that are equally near

@@ -1,0 +1,101 @@
+"""The zero-shot head is computed once and kept, by a fingerprint of all that decides it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import zero_shot
+from pipeline.classes import ClassList, load_classes
+from pipeline.recipe import Teacher as TeacherSettings
+from pipeline.teacher import load_teacher
+
+
+@pytest.fixture
+def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An empty cache folder in which every head is kept; a list that grows with every head that is computed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(zero_shot, "WORTH_KEEPING", 1)
+    calls: list[int] = []
+    compute = zero_shot.zero_shot_head
+
+    def counted(model: Any, tokenizer: Any, classes: Any, templates: Any) -> torch.Tensor:
+        calls.append(len(classes) * len(templates))
+        return compute(model, tokenizer, classes, templates)
+
+    monkeypatch.setattr(zero_shot, "zero_shot_head", counted)
+    return calls
+
+
+@pytest.fixture
+def clip(world, tmp_path: Path) -> Path:  # type: ignore[no-untyped-def]
+    return Path(shutil.copytree(world.clip, tmp_path / "clip"))
+
+
+def head(clip: Path, classes: ClassList | None = None) -> torch.Tensor:
+    settings = TeacherSettings(kind="open_clip", model=f"local-dir:{clip}")
+    found = load_teacher(settings, classes or load_classes(clip / "prompts.yaml")).head
+    assert found is not None
+    return found
+
+
+def test_computed_once(clip: Path, computed: list[int], tmp_path: Path) -> None:
+    """The second time it is read, wherever the model lies; and it is what was computed, to the bit."""
+    first = head(clip)
+    moved = clip.rename(tmp_path / "moved")
+    assert torch.equal(head(moved), first) and computed == [10]
+    (kept,) = zero_shot.cache_folder().iterdir()
+    assert kept.is_relative_to(tmp_path / "cache") and torch.equal(load_file(kept)["head"], first)
+    kept.unlink()
+    assert torch.equal(head(moved), first) and computed == [10, 10]
+
+
+def test_computed_anew_when_anything_differs(clip: Path, computed: list[int]) -> None:
+    """Other text weights, names, their order, templates or vocabulary: another head. Weights of the image tower do not matter."""
+    classes = load_classes(clip / "prompts.yaml")
+    first = head(clip)
+    variants = (
+        replace(classes, names=("fox", *classes.names[1:])),
+        replace(classes, names=classes.names[::-1]),
+        replace(classes, templates=("a drawing of a {}.",)),
+        replace(classes, templates=classes.templates[::-1]),
+    )
+    for number, variant in enumerate(variants, start=2):
+        head(clip, variant)
+        assert len(computed) == number
+    torch.testing.assert_close(head(clip, variants[1]), first.flip(1))
+    path = clip / "open_clip_model.safetensors"
+    weights = load_file(path)
+    weights["visual.proj"] += 1
+    save_file(weights, path)
+    assert torch.equal(head(clip), first) and len(computed) == 5
+    weights["text_projection"][0, 0] += 0.5
+    save_file(weights, path)
+    assert not torch.equal(head(clip), first) and len(computed) == 6
+    import gzip
+
+    with gzip.open(clip / "bpe.txt.gz", "wt") as file:
+        file.write("#version: test\na n\no f</w>\nt h\nth e</w>")
+    head(clip)
+    assert len(computed) == 7
+
+
+def test_small_heads_are_not_kept(clip: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few prompts cost less than looking: nothing is written into the user's cache folder."""
+    monkeypatch.setattr(zero_shot, "WORTH_KEEPING", 5000)
+    head(clip), head(clip)
+    assert computed == [10, 10] and not zero_shot.cache_folder().exists()
+
+
+def test_a_damaged_copy(clip: Path, computed: list[int]) -> None:
+    """A kept head that cannot be read is computed anew, not a stack trace."""
+    first = head(clip)
+    (kept,) = zero_shot.cache_folder().iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert torch.equal(head(clip), first) and computed == [10, 10]
