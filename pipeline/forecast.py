@@ -14,6 +14,8 @@ import torch
 from manifests import RunDir, UserError
 from manifests.devices import choose_device
 from manifests.rundir import RUN
+from shards import encode_image
+from shards.codec import to_float, to_uint8
 from shards.tar import BLOCK
 
 from .batch_size import images_per_second, resolve_batch
@@ -27,6 +29,7 @@ from .teacher import RANDOM, load_teacher
 
 T = TypeVar("T")
 LOOKED_AT = 32  # source samples that are decoded
+DISCRETIZED = 4  # of these, to see what Q does to their size in bytes; some seconds of a CPU
 
 
 @dataclass
@@ -67,7 +70,7 @@ def forecast(recipe: Recipe, out: str) -> Forecast:
                 f"time        {time} for {source.samples:,} images on this device ({source.samples / speed / 3600:,.2f} hours)"
             )
     if source is not None and classes is not None:
-        found.lines += _source_lines(recipe, source, classes, found)
+        found.lines += _source_lines(recipe, source, classes, None if stand_in else models, found)
     run = RunDir(out)
     if run.store.exists(RUN):
         found.lines.append(f"output      {out}: a run is there already; `python -m pipeline status {out}` says how far it is")
@@ -122,7 +125,7 @@ def _speed_lines(recipe: Recipe, models: Models, out: str, found: Forecast, stan
     return speed
 
 
-def _source_lines(recipe: Recipe, source: SourcePlan, classes: ClassList, found: Forecast) -> Iterator[str]:
+def _source_lines(recipe: Recipe, source: SourcePlan, classes: ClassList, models: Models | None, found: Forecast) -> Iterator[str]:
     samples = found.attempt(lambda: source.first_samples(classes, LOOKED_AT)) or []
     prepared: list[Prepared] = []
     seconds = timed(lambda: prepared.extend(prepare_sample(sample, recipe) for sample in samples), torch.device("cpu"))
@@ -134,12 +137,31 @@ def _source_lines(recipe: Recipe, source: SourcePlan, classes: ClassList, found:
         return
     cores = os.cpu_count() or 1
     yield f"decoding    {1000 * seconds / len(prepared):.1f} ms an image on one of {cores} cores, beside the models"
-    labels = 2 * BLOCK + 2 * BLOCK + -(-(2 * len(classes.names) + 128) // BLOCK) * BLOCK - BLOCK
-    image = sum(BLOCK + -(-len(sample.clean_bytes) // BLOCK) * BLOCK for sample in good) / len(good)
+    image = sum(_member(len(encode_image(sample.clean, recipe.output.image))) for sample in good if sample.clean is not None) / len(good)
+    labels = _member(1) + _member(128 + 2 * len(classes.names))
+    codes = recipe.output.codes and recipe.discretizer.kind == "vqgan"
+    side = recipe.canvas // recipe.discretizer.config.downsampling
     clean = (labels + (image if recipe.output.clean_images else 0)) * source.samples
-    dad = (labels + image) * source.samples
+    growth = _growth(good[:DISCRETIZED], recipe, models) if models else 1.0
+    dad = (labels + growth * image + (_member(128 + 2 * side * side) if codes else 0)) * source.samples
     manifest = _bytes(100 * source.samples)
     yield f"output      clean {_bytes(clean)}, DAD up to {_bytes(dad)} (if all images are verified), a manifest of about {manifest}"
+
+
+def _member(size: float) -> float:
+    """Bytes that a member of so many takes in a tar, with its header."""
+    return BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def _growth(samples: list[Prepared], recipe: Recipe, models: Models) -> float:
+    """Bytes of Q(x) over those of x, both as stored: x'' is about as large as Q(x)."""
+    pixels = torch.stack([sample.clean for sample in samples if sample.clean is not None])
+    with torch.no_grad():
+        discrete, _ = models.discretizer(to_float(models.send(pixels)))
+    before, after = (
+        sum(len(encode_image(image, recipe.output.image)) for image in images) for images in (pixels, to_uint8(discrete).cpu())
+    )
+    return after / before
 
 
 def _noise(count: int, side: int) -> torch.Tensor:

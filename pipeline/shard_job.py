@@ -75,8 +75,8 @@ def run_shards(
 ) -> Iterator[tuple[int, list[Row] | Exception]]:
     """Make shards and commit each; yields (shard, its rows, or why it failed) in the order of the work.
 
-    work: (shard, piece), drawn shortly before it is needed; None means that nothing is free now, but what is in flight should be
-    finished before asking again. A shard that fails leaves the others alone.
+    work: (shard, piece), drawn shortly before it is needed; None means that nothing is free now: what is in flight goes on, and is
+    finished once nothing else is to be read. A shard that fails leaves the others alone.
     """
     threads = recipe.codec_threads or max(1, min(16, (os.cpu_count() or 1) // 2))
     with contextlib.ExitStack() as stack:
