@@ -82,7 +82,7 @@ def made_up_piece(folder: Path, files: int, count: int) -> Piece:
     rng = np.random.default_rng(0)
     for i in range(files):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(PICTURE, Image.Resampling.BICUBIC)
-        noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (*PICTURE[::-1], 3), dtype=np.int16)
+        noisy = np.asarray(coarse, np.int16) + rng.integers(-34, 35, (*PICTURE[::-1], 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
     # the same file may come again: a key of its own keeps the samples apart
     for n in range(files, count):

@@ -48,7 +48,7 @@ def test_made_up_images(world, tmp_path: Path) -> None:  # type: ignore[no-untyp
     first, second = (list(made_up_piece(tmp_path / name, 3, 7).samples(classes)) for name in ("a", "b"))
     assert [sample.data for sample in first] == [sample.data for sample in second]
     assert len({sample.key for sample in first}) == 7 and len({sample.data for sample in first}) == 3
-    assert all(80_000 < len(sample.data) < 160_000 for sample in first)
+    assert all(100_000 < len(sample.data) < 120_000 for sample in first)
 
 
 def test_the_reference_loop_makes_the_same_images(world, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from manifests import RunDir, UserError
 from pipeline import batch_job
 from pipeline.classes import ClassList, load_classes
-from pipeline.models import Models, compile_models
+from pipeline.models import Models, load_models
 from pipeline.shard_job import run_shard, run_shards
 from pipeline.sources import Piece, SourceSample, plan_source
 
@@ -223,14 +226,22 @@ def test_a_disk_that_fails_is_the_shard_s_outcome(  # type: ignore[no-untyped-de
     assert any(isinstance(rows, UserError) and "disk is full" in str(rows) for rows in outcomes.values()) and len(outcomes) == 3
 
 
+COMPILER = pytest.mark.skipif("TEST_INDUCTOR" not in os.environ, reason="a minute of a C++ compiler; TEST_INDUCTOR=1 runs it")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
 def test_compiled_models_give_the_same_verdicts(  # type: ignore[no-untyped-def]
-    world, classes: ClassList, models: Models, finished_run: Path, tmp_path: Path
+    world, classes: ClassList, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    """torch.compile may change last bits, not what is verified. One shard, in batches of one size: each size is compiled anew."""
-    expected = {row["key"]: row for row in RunDir(finished_run).manifest()[0].to_pylist()}
+    """compile=true, forward and backward, may change last bits, not what is verified. One batch: every size is compiled anew."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    recipe = world.load("compile=true", "batch=12")
+    compiled = load_models(recipe, classes)
+    assert compiled.compiled is not None
     piece = plan_source(str(world.tars), classes, 12).pieces[0]
-    rows = run_shard(0, piece, world.load("batch=12"), classes, compile_models(models), RunDir(tmp_path), "run", lambda new: None)
+    rows = run_shard(0, piece, recipe, classes, compiled, RunDir(tmp_path), "run", lambda new: None)
+    expected = {row["key"]: row for row in RunDir(finished_run).manifest()[0].to_pylist()}
     assert [row["status"] for row in rows] == [expected[row["key"]]["status"] for row in rows] and len(rows) == 12
     for row in rows:
         assert row["loss_clean"] == pytest.approx(expected[row["key"]]["loss_clean"], abs=2e-3)
