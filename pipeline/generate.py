@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 import pyarrow as pa
 
 from manifests import RunDir, RunInfo, UserError
+from manifests.claims import forget, look
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
-from manifests.rundir import MANIFEST, RUN, count_statuses, part_name
+from manifests.rundir import MANIFEST, RUN, count_statuses
 from manifests.weights import files_fingerprint, find_file
 
 from .card import CARD, dataset_card
 from .classes import ClassList, load_classes
-from .gallery import GALLERY, make_gallery
+from .gallery import GALLERY
+from .launchers import find_launcher
+from .launchers.local import devices
 from .models import Models, load_models
 from .recipe import Recipe
-from .shard_job import Row, run_shard
+from .shard_job import Row
 from .sources import SourcePlan, plan_source
+from .status import Survey
+from .worker import Work, finished, unfinished, work_through
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "taming-transformers", "timm", "pillow", "numpy", "pyarrow")
 
@@ -34,18 +41,22 @@ class Job:
     recipe: Recipe
     classes: ClassList
     plan: SourcePlan
-    models: Models
+    models: Models | None  # None: workers load their own
     info: RunInfo
     out: RunDir
 
 
 def prepare_job(recipe: Recipe, out: str) -> Job:
-    """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit."""
+    """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit.
+
+    Where workers make the shards, the models are loaded all the same, for their fingerprints, but on the CPU.
+    """
     run = RunDir(out)
+    here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes_file = find_file(recipe.source.classes, "source.classes")
     classes = load_classes(classes_file)
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size)
-    models = load_models(recipe, classes)
+    models = load_models(recipe if here else replace(recipe, device="cpu", precision="fp32"), classes)
     info = RunInfo(
         recipe=as_tree(recipe),
         identity=identity(recipe),
@@ -55,64 +66,115 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
         samples=plan.samples,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
-    return Job(recipe, classes, plan, models, info, run)
+    return Job(recipe, classes, plan, models if here else None, info, run)
 
 
-def make_shards(recipe: Recipe, out: str) -> None:
-    """Make, or finish, the run directory ``out``.
+def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> None:
+    """Make, or finish, the run directory ``out``. Several such commands at once, on several machines, share the work.
 
-    Raises UserError when ``out`` holds another run, or when more than ``max_errors`` of the samples failed (everything
-    else is then done and sealed).
+    Raises UserError when ``out`` holds another run, when shards could not be made (everything else is then done, and sealed
+    only if ``allow_missing``), or when more than ``max_errors`` of the samples failed (everything is then sealed).
     """
     job = prepare_job(recipe, out)
     job.out.claim(job.info)
     job.out.store.remove_stale_temporaries()
-    todo, done = _missing(job)
-    counts: Counter[str] = Counter()
+    sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
+    done = finished(job.out)
+    todo = tuple(shard for shard in range(job.info.shards) if shard not in sound or shard not in done)
+    work = Work(recipe=recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
+    missing: dict[int, str] = {}
     if todo:
-        where = job.models.device.type
-        click.echo(f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, on {where}")
-    with progress(job.plan.samples, "generating", "img", initial=done) as bar:
-
-        def report(rows: list[Row]) -> None:
-            counts.update(row["status"] for row in rows)
-            judged = counts["verified"] + counts["rejected"]
-            if judged:
-                bar.set_postfix_str(f"{100 * counts['verified'] / judged:.0f}% verified", refresh=False)
-            bar.update(len(rows))
-
-        for shard in todo:
-            run_shard(shard, job.plan.pieces[shard], recipe, job.classes, job.models, job.out, job.info.fingerprint, report)
+        where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"
+        click.echo(f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}")
+        missing = _make_missing(job, work, sum(job.plan.pieces[shard].count for shard in sound))
+    if missing and (not allow_missing or len(missing) == job.info.shards):
+        raise UserError(
+            _describe(job, missing, "everything else is done; run the same command again, or seal without with --allow-missing")
+        )
     if todo or not _sealed(job):
-        seal(job)
+        seal(job, missing)
+    if missing:
+        click.echo(f"note: {_describe(job, missing, f'sealed without, as {RUN} records')}", err=True)
     _conclude(job)
 
 
-def seal(job: Job) -> None:
-    """Write manifest.parquet, run.json, the dataset card and the gallery of a complete run."""
-    store = job.out.store
-    table, tars = job.out.seal(job.info, range(job.info.shards))
-    store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
-    store.write(GALLERY, make_gallery(table, job.plan.pieces[0], job.recipe, job.classes, job.models))
+def seal(job: Job, missing: Mapping[int, str]) -> None:
+    """Write manifest.parquet, run.json and the dataset card of a run that is complete but for ``missing`` shards."""
+    shards = [shard for shard in range(job.info.shards) if shard not in missing]
+    table, tars = job.out.seal(job.info, shards, missing)
+    job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
 
 
-def _missing(job: Job) -> tuple[list[int], int]:
-    """Shards to make, and how many samples the finished ones hold. Names those that were done once and are damaged now."""
-    todo, done = [], 0
-    for shard, piece in enumerate(job.plan.pieces):
-        why = job.out.damage(shard, job.info.fingerprint)
-        if why is None:
-            done += piece.count
-            continue
-        todo.append(shard)
-        if job.out.store.exists(part_name(shard)):
-            click.echo(f"shard {shard} is made anew: {why}", err=True)
-    return todo, done
+def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[int]:
+    """Those of the shards that are done, by reading every byte. From the others the part file is withdrawn: they will be made anew."""
+    shards, sound = sorted(candidates), set()
+    with ThreadPoolExecutor(8) as pool, progress(len(shards), "checking", "shard", quick=True) as bar:
+        for shard, why in zip(shards, pool.map(lambda shard: out.damage(shard, info.fingerprint), shards), strict=True):
+            bar.update()
+            if why is None:
+                sound.add(shard)
+            else:
+                out.withdraw(shard)
+                click.echo(f"shard {shard} is made anew: {why}", err=True)
+    return sound
+
+
+def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
+    """Run workers until every shard of the work is sound or given up; returns those that are not there, with the reason.
+
+    done: samples of the shards that were there before.
+    """
+    for shard in look(job.out.store).failed:  # of an earlier command: every command tries anew
+        forget(job.out.store, shard)
+    missing: dict[int, str] = {}
+    while work.todo:
+        _run_workers(job, work, done)
+        left, given_up = unfinished(work, job.out)
+        missing |= {shard: f"failed {failure.tries} times: {failure.reason}" for shard, failure in given_up.items()}
+        missing |= dict.fromkeys(left, "no worker was left to make it")
+        # Read back once, whoever made it: two workers at one shard may have mixed their files
+        made = set(work.todo) - missing.keys()
+        work = replace(work, todo=tuple(sorted(made - sound_shards(job.out, job.info, made))))
+    return missing
+
+
+def _run_workers(job: Job, work: Work, done: int) -> None:
+    with progress(job.plan.samples, "generating", "img", initial=done) as bar:
+
+        def show(counts: Mapping[str, int], samples: int) -> None:
+            judged = counts["verified"] + counts["rejected"]
+            if judged:
+                bar.set_postfix_str(f"{100 * counts['verified'] / judged:.0f}% verified", refresh=False)
+            bar.update(max(samples, 0))
+
+        if job.models is not None:
+            counts: Counter[str] = Counter()
+
+            def report(rows: list[Row]) -> None:
+                counts.update(row["status"] for row in rows)
+                show(counts, len(rows))
+
+            work_through(work, models=job.models, report=report)
+            return
+        survey = Survey(job.out)
+
+        def watch() -> int:
+            state = survey.look()
+            show(state.counts, state.counts.total() - int(bar.n))
+            return len(state.done)
+
+        find_launcher(work.recipe.launch.launcher)(work, watch)
+        watch()
+
+
+def _describe(job: Job, missing: Mapping[int, str], consequence: str) -> str:
+    first = min(missing)
+    return f"{job.out}: {len(missing)} of {job.info.shards} shards could not be made, the first {first}: {missing[first]}; {consequence}"
 
 
 def _sealed(job: Job) -> bool:
     store = job.out.store
-    if not all(store.exists(name) for name in (MANIFEST, CARD, GALLERY)):
+    if not all(store.exists(name) for name in (MANIFEST, CARD)):
         return False
     try:
         job.out.manifest()

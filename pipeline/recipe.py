@@ -68,6 +68,21 @@ class Output:
 
 
 @recipe_dataclass
+class Launch:
+    """Who makes the shards. Changes nothing about what comes out."""
+
+    launcher: Annotated[Literal["local", "slurm", "ray"], Execution] = "local"
+    """local: processes on this machine, one per GPU. slurm: an array job. ray: actors on the cluster of RAY_ADDRESS, or on this machine."""
+    workers: Annotated[int | None, Field(ge=1), Execution] = None
+    """local: how many processes; None: one per GPU, or one on the CPU. slurm: tasks of the array; None: 8. ray: actors; None: one per GPU
+    of the cluster, or per `threads` of its CPUs."""
+    retries: Annotated[int, Field(ge=0), Execution] = 2
+    """How often a shard that fails, or whose worker dies, is tried again before it is reported."""
+    slurm: Annotated[dict[str, str | int | bool], Execution] = Field(default_factory=dict)
+    """Options of the array job by their sbatch names, with `_` for `-`: `partition`, `account`, `time` (minutes), `gpus_per_task` …"""
+
+
+@recipe_dataclass
 class Recipe:
     """Everything that decides what a run directory will hold."""
 
@@ -89,7 +104,9 @@ class Recipe:
     device: Annotated[str, Execution] = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
     threads: Annotated[int | None, Field(ge=1), Execution] = None
-    """CPU threads of the models. None: all cores."""
+    """CPU threads of the models. None: all cores, shared by the workers of a machine."""
+    launch: Launch = Launch()
+    """Where the shards are made."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:

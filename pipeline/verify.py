@@ -11,7 +11,7 @@ import torch
 from manifests import RunDir, RunInfo, UserError
 from manifests.progress import progress
 from manifests.rows import TarRecord
-from manifests.rundir import count_statuses
+from manifests.rundir import RUN, count_statuses
 from shards import ShardDataset, iterate_tar
 from shards.codec import to_float
 
@@ -28,8 +28,9 @@ def problems(out: str) -> Iterator[str]:
     run = RunDir(out)
     info = run.info()
     found = False
-    with progress(info.shards, "verifying", "shard") as bar:
-        for shard in range(info.shards):
+    shards = [shard for shard in range(info.shards) if str(shard) not in (info.missing or {})]
+    with progress(len(shards), "verifying", "shard") as bar:
+        for shard in shards:
             for line in _shard_problems(run, info, shard):
                 found = True
                 yield line
@@ -41,7 +42,7 @@ def problems(out: str) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    parts = run.parts(range(info.shards))
+    parts = run.parts(shards)
     if not table.equals(pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(table.schema.metadata).combine_chunks()):
         yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
     if tars != [tar for _, record in parts for tar in record.tars]:
@@ -126,5 +127,6 @@ def _tar_problems(run: RunDir, tar: TarRecord, table: pa.Table) -> Iterator[str]
 
 
 def summary(out: str) -> str:
-    counts = RunDir(out).info().counts or {}
-    return f"{out}: every checksum, count, key and label is as recorded ({count_statuses(counts)})"
+    info = RunDir(out).info()
+    without = f"; {len(info.missing)} of {info.shards} shards are missing with leave, see {RUN}" if info.missing else ""
+    return f"{out}: every checksum, count, key and label is as recorded ({count_statuses(info.counts or {})}){without}"

@@ -59,10 +59,11 @@ class World:
 
 @pytest.fixture(autouse=True)
 def _keep_signals() -> Iterator[None]:
-    """The command line installs a SIGTERM handler; a test must not leave it behind."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The command line installs handlers of signals; a test must not leave them behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -208,8 +208,8 @@ def test_stale_temporaries_are_removed(world, run_copy: Path) -> None:  # type: 
 
     dead = subprocess.Popen(["true"])
     dead.wait()
-    stale = run_copy / "dad" / f".dad-000001.tar.{store._HOST}.{dead.pid}.tmp"
-    living = run_copy / "dad" / f".dad-000002.tar.{store._HOST}.{os.getppid()}.tmp"
+    stale = run_copy / "dad" / f".dad-000001.tar.{store.HOST}.{dead.pid}.tmp"
+    living = run_copy / "dad" / f".dad-000002.tar.{store.HOST}.{os.getppid()}.tmp"
     foreign = run_copy / "dad" / ".dad-000002.tar.another-host.1.tmp"
     for path in (stale, living, foreign):
         path.write_bytes(b"half")
