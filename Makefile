@@ -12,13 +12,16 @@ SHARDS ?=
 OBJECTIVE ?=
 SEED ?=
 ARGS ?=
+LAUNCHER ?=
+WORKERS ?=
+N ?= 50
 LEARN = $(if $(STUDENT),--student $(STUDENT)) $(addprefix --shards ,$(or $(SHARDS),$(filter-out data/demo,$(OUT))))
 # Two busy processes on the same cores would otherwise spin against each other, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
 
 .DEFAULT_GOAL := help
-.PHONY: help renditions shards status verify train compare eval demo-table bench-generate test lint clean
+.PHONY: help renditions shards status verify train compare eval demo-table bench-generate test chaos lint clean
 
 help: ## print this list
 	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
@@ -37,10 +40,11 @@ $(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
 renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (train, val, renditions, sketches)
 
 # The demo composes its own images; any other recipe brings DATA.
-shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT)
-	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(ARGS)
+shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
+	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
+		$(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
-status: $(VENV)/ready ## what OUT holds: done, missing, damaged
+status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
 	@$(RUN) -m pipeline status $(OUT) $(ARGS)
 
 verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
@@ -64,6 +68,9 @@ bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ##
 
 test: $(VENV)/ready ## the test suite
 	@$(RUN) -m pytest $(ARGS)
+
+chaos: $(VENV)/ready ## kill stage 1 N times at random moments, fill its disk, set its clock back; compare the bytes (N SEED)
+	@$(RUN) -m tests.chaos --kills $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/ready ## ruff and mypy
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy

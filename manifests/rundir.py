@@ -152,7 +152,7 @@ class RunDir:
     def seal(self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None) -> tuple[pa.Table, list[TarRecord]]:
         """Join the part files of ``shards`` into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars.
 
-        missing: shards that are left out, with the reason; recorded in ``run.json``.
+        missing: shards that are left out, with the reason; recorded in ``run.json``. Tars that they left behind are removed.
         """
         parts = self.parts(shards)
         table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
@@ -168,6 +168,9 @@ class RunDir:
             missing={str(shard): why for shard, why in sorted(missing.items())} if missing else None,
         )
         self.write_info(sealed)
+        for stream in ("clean", "dad") if missing else ():
+            for name in {tar_name(stream, shard) for shard in missing or ()} & {f"{stream}/{name}" for name in self.store.names(stream)}:
+                self.store.remove(name)
         return table, tars
 
     def manifest(self) -> tuple[pa.Table, list[TarRecord]]:

@@ -10,21 +10,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import Unwritable, UserError
 
-_CHUNK = 4 << 20
+_CHUNK = 16 << 20  # bytes read at once
+PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp$")
+T = TypeVar("T")
 HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
 
@@ -52,24 +56,19 @@ class Store:
         return f"{self.url}/{name}"
 
     def exists(self, name: str = "") -> bool:
-        with self._reached(name):
-            return bool(self.fs.exists(self._full(name)))
+        return self._ask(name, lambda fs, path: bool(fs.exists(path)))
 
     def size(self, name: str) -> int:
         """Bytes. Raises FileNotFoundError."""
-        with self._reached(name):
-            return int(self.fs.size(self._full(name)))
+        return self._ask(name, lambda fs, path: int(fs.size(path)))
 
     def open(self, name: str) -> IO[bytes]:
-        with self._reached(name):
-            file: IO[bytes] = self.fs.open(self._full(name), "rb")
-            return file
+        """A file to read from; that of an object store is fetched whole. Raises FileNotFoundError."""
+        return open(self._full(name), "rb") if self.is_local else io.BytesIO(self.read(name))
 
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
-        with self._reached(name):
-            data: bytes = self.fs.cat_file(self._full(name))
-            return data
+        return self._ask(name, lambda fs, path: bytes(fs.cat_file(path)))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, or fewer at the end of the file. Local files stay open for the next read.
@@ -77,9 +76,7 @@ class Store:
         Raises FileNotFoundError.
         """
         if not self.is_local:
-            with self._reached(name):
-                data: bytes = self.fs.cat_file(self._full(name), start=offset, end=offset + size)
-                return data
+            return self._ask(name, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
         path = self._full(name)
         found = Path(path).stat()  # a file that was replaced is opened anew
         return os.pread(_descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns).fileno(), size, offset)
@@ -91,8 +88,7 @@ class Store:
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of each file directly in a folder, by name, in one listing; without temporary files and folders."""
         try:
-            with self._reached(folder):
-                found = self.fs.ls(self._full(folder), detail=True)
+            found = self._ask(folder, lambda fs, path: fs.ls(path, detail=True))
         except FileNotFoundError:
             return {}
         named = ((os.path.basename(entry["name"]), entry) for entry in found if entry["type"] == "file")
@@ -100,14 +96,13 @@ class Store:
 
     def modified(self, name: str) -> float:
         """Time of last change by the store's clock, seconds since the epoch. Raises FileNotFoundError."""
-        with self._reached(name):
-            return float(self.fs.modified(self._full(name)).timestamp())
+        return self._ask(name, lambda fs, path: float(fs.modified(path).timestamp()))
 
     def sha256(self, name: str) -> str:
+        """Reads the file in pieces. Raises FileNotFoundError."""
         digest = hashlib.sha256()
-        with self._reached(name), self.open(name) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        for offset in range(0, self.size(name), _CHUNK):
+            digest.update(self.read_range(name, offset, _CHUNK))
         return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
@@ -115,33 +110,30 @@ class Store:
 
         Raises Unwritable when the disk is full or the place is not writable; what was there before is then untouched.
         """
-        with self._written(name):
+        with self._writing(name):
             if self.is_local:
                 _write_local(Path(self._full(name)), data, os.replace)
             else:
-                self.fs.pipe_file(self._full(name), data)
+                self._ask(name, lambda fs, path: fs.pipe_file(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file atomically unless there is one of that name already; returns whether this call made it.
 
         Of several processes on several machines one wins; on an object store without conditional PUTs more than one may.
         """
-        with self._written(name):
+        with self._writing(name):
             if self.is_local:
                 return _write_local(Path(self._full(name)), data, _link)
             try:
-                self.fs.pipe_file(self._full(name), data, mode="create")
+                self._ask(name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
             except FileExistsError:
                 return self.read(name) == data  # ours: an answer that got lost was asked for again
             return True
 
     def remove(self, name: str) -> None:
         """Remove a file; none of that name is no error."""
-        with contextlib.suppress(FileNotFoundError), self._written(name):
-            if self.is_local:
-                Path(self._full(name)).unlink()
-            else:
-                self.fs.rm_file(self._full(name))
+        with self._writing(name), contextlib.suppress(FileNotFoundError):
+            self._ask(name, lambda fs, path: Path(path).unlink() if self.is_local else fs.rm_file(path))
 
     def remove_empty(self, folder: str) -> None:
         """Remove a folder when nothing is left in it. Object stores know no folders."""
@@ -150,11 +142,12 @@ class Store:
                 Path(self._full(folder)).rmdir()
 
     @contextlib.contextmanager
-    def _written(self, name: str) -> Iterator[None]:
+    def _writing(self, name: str) -> Iterator[None]:
         try:
-            with self._reached(name):
-                yield
+            yield
         except OSError as error:
+            if not self.is_local:
+                raise Unwritable(f"{self.where(name)}: cannot write here ({error}); choose another place") from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Unwritable(
                     f"{self.where(name)}: the disk is full; free some space and run the same command again (finished shards are kept)"
@@ -163,18 +156,22 @@ class Store:
                 raise Unwritable(f"{self.where(name)}: cannot write here ({error.strerror}); choose another place") from error
             raise
 
-    @contextlib.contextmanager
-    def _reached(self, name: str) -> Iterator[None]:
-        """What the client of an object store raises becomes an Unwritable that names the URL; of a local disk, nothing changes."""
-        try:
-            yield
-        except (FileNotFoundError, FileExistsError, UserError):
-            raise
-        except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
-            if self.is_local:
+    def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
+        """``request(file system, path)``. An object store that fails is asked again, beyond what its client does by itself.
+
+        Raises Unwritable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
+        """
+        for pause in PAUSES if not self.is_local else ():
+            try:
+                return request(self.fs, self._full(name))
+            except (FileNotFoundError, FileExistsError):
                 raise
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise Unwritable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
+            except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
+                if pause is None or isinstance(error, PermissionError):
+                    reason = " ".join(str(error).split())[:160] or type(error).__name__
+                    raise Unwritable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
+                time.sleep(pause)
+        return request(self.fs, self._full(name))
 
     def remove_stale_temporaries(self) -> None:
         """Remove temporary files that dead processes of this host left behind."""
@@ -236,10 +233,11 @@ def _link(temporary: Path, path: Path) -> bool:
 
 
 def alive(pid: int) -> bool:
+    """Whether a process of this machine still runs. One that was killed and not yet collected by its parent does not."""
     try:
         os.kill(pid, 0)
+        return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):  # somebody else's; or a system without /proc
         return True
-    return True

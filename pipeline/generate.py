@@ -75,6 +75,7 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     Raises UserError when ``out`` holds another run, when shards could not be made (everything else is then done, and sealed
     only if ``allow_missing``), or when more than ``max_errors`` of the samples failed (everything is then sealed).
     """
+    find_launcher(recipe.launch.launcher)  # refuses one that is not installed before anything is written
     job = prepare_job(recipe, out)
     job.out.claim(job.info)
     job.out.store.remove_stale_temporaries()

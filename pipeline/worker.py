@@ -59,12 +59,13 @@ def work_through(work: Work, index: int = 0, count: int = 1, models: Models | No
     """Make shards of ``work`` until each is done or given up, by this worker or another; number ``index`` of ``count`` workers.
 
     A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises UserError when going on is useless: a
-    recipe that does not fit, a full disk, or ``retries + 1`` shards in a row that fail for no fault of theirs.
+    recipe that does not fit, a full disk, or more than ``retries`` shards that failed one after the other for no fault of the source.
     """
     out = RunDir(work.out)
     classes = load_classes(find_file(work.recipe.source.classes, "source.classes"))
     models = models or load_models(work.recipe, classes)
-    pace, broken = _Pace(), 0
+    pace = _Pace()
+    broken: set[int] = set()
     with Claims(out.store) as claims:
         for shard in _available(work, out, claims, index, count):
 
@@ -79,16 +80,16 @@ def work_through(work: Work, index: int = 0, count: int = 1, models: Models | No
                 pace.start()
                 _make(shard, work, classes, models, out, tell)
                 forget(out.store, shard)
-                broken = 0
+                broken.clear()
             except Unwritable:
                 raise
             except UserError as error:  # of the source, for example
                 record_failure(out.store, shard, str(error))
             except Exception as error:  # a GPU may be out of memory once; a worker that fails again and again must not eat every shard
                 record_failure(out.store, shard, _one_line(error))
-                broken += 1
-                if broken > work.recipe.launch.retries:
-                    raise UserError(f"{out}: {broken} shards in a row failed, the last with {_one_line(error)}") from error
+                broken.add(shard)
+                if len(broken) > work.recipe.launch.retries:
+                    raise UserError(f"{out}: {len(broken)} shards in a row failed, the last with {_one_line(error)}") from error
             finally:
                 claims.release(shard)
 

@@ -31,7 +31,12 @@ except ImportError as error:
 FOLDER = Path("runs/slurm")  # logs, and what submitit keeps; on a disk that every node sees
 TASKS = 8
 LOOK = 5.0  # seconds
-DEFAULTS: dict[str, Any] = {"time": 240, "signal_delay_s": 90, "job_name": "dad-shards"}
+DEFAULTS: dict[str, Any] = {
+    "time": 240,
+    "signal_delay_s": 90,
+    "job_name": "dad-shards",
+    "setup": [f"export PYTHONPATH={Path(__file__).resolve().parents[2]}:$PYTHONPATH"],
+}
 
 
 @dataclass(frozen=True)
