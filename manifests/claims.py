@@ -105,6 +105,15 @@ def forget(store: Store, shard: int) -> None:
     store.remove(_file("failed", shard))
 
 
+def clear(store: Store) -> None:
+    """Remove every claim and failure: the run is complete. A worker that was killed after its last file leaves its claim behind."""
+    board = look(store)
+    for kind, shards in (("running", board.running), ("failed", board.failed)):
+        for shard in shards:
+            store.remove(_file(kind, shard))
+    store.remove_empty(FOLDER)
+
+
 class Claims:
     """One worker's claims. As a context, it keeps giving signs of life and leaves no claim behind; a killed worker does."""
 

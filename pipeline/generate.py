@@ -13,7 +13,7 @@ import click
 import pyarrow as pa
 
 from manifests import RunDir, RunInfo, UserError
-from manifests.claims import forget, look
+from manifests.claims import clear, forget, look
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
 from manifests.rundir import MANIFEST, RUN, count_statuses
@@ -94,7 +94,9 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
         )
     if todo or not _sealed(job):
         seal(job, missing)
-    if missing:
+    if not missing:
+        clear(job.out.store)
+    else:
         click.echo(f"note: {_describe(job, missing, f'sealed without, as {RUN} records')}", err=True)
     _conclude(job)
 

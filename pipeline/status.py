@@ -55,10 +55,10 @@ class Survey:
             if shard not in damaged and not isinstance(part, str):
                 counts.update(part[1])
         board = look(self._run.store)
-        running = [(claim, self._silence(claim)) for shard in sorted(board.running) if (claim := read_claim(self._run.store, shard))]
+        claimed = sorted(board.running - parts.keys())
+        running = [(claim, self._silence(claim)) for shard in claimed if (claim := read_claim(self._run.store, shard))]
         for claim, _ in running:
-            if claim.shard not in parts:
-                counts.update(verified=claim.verified, rejected=claim.rejected, error=claim.samples - claim.verified - claim.rejected)
+            counts.update(verified=claim.verified, rejected=claim.rejected, error=claim.samples - claim.verified - claim.rejected)
         return State(
             info=info,
             sealed=info.counts is not None and self._run.store.exists(MANIFEST),
@@ -66,7 +66,7 @@ class Survey:
             done=frozenset(parts.keys() - damaged.keys()),
             missing=[shard for shard in range(info.shards) if shard not in parts],
             damaged=[damaged[shard] for shard in sorted(damaged)],
-            failed=[failure for shard in sorted(board.failed) if (failure := read_failure(self._run.store, shard))],
+            failed=[failure for shard in sorted(board.failed - parts.keys()) if (failure := read_failure(self._run.store, shard))],
             running=running,
         )
 
