@@ -137,6 +137,11 @@ class Claims:
             self.release(shard)
         self._store.remove_empty(FOLDER)
 
+    @property
+    def mine(self) -> frozenset[int]:
+        """Shards that this worker has claimed and not yet released."""
+        return frozenset(self._mine)
+
     def take(self, shard: int) -> bool:
         """Claim a shard; False when another worker was faster."""
         claim = Claim(shard=shard, host=HOST, machine=_MACHINE, pid=os.getpid(), worker=self._worker)

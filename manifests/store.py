@@ -63,8 +63,8 @@ class Store:
         return self._ask(name, lambda fs, path: int(fs.size(path)))
 
     def open(self, name: str) -> IO[bytes]:
-        """A file to read from; that of an object store is fetched whole. Raises FileNotFoundError."""
-        return open(self._full(name), "rb") if self.is_local else io.BytesIO(self.read(name))
+        """A file to read from, anywhere in it. Raises FileNotFoundError."""
+        return open(self._full(name), "rb") if self.is_local else io.BufferedReader(_RemoteFile(self, name), _CHUNK)
 
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
@@ -184,6 +184,34 @@ class Store:
 
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}".rstrip("/")
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of an object store, read in ranges: each is asked for again when the connection breaks."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._position, self._size = 0, store.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(min(len(buffer), self._size - self._position), 0)
+        data = self._store.read_range(self._name, self._position, wanted) if wanted else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from .errors import UserError
 
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep the weights in a checkpoint
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -26,7 +27,7 @@ def find_file(name: str, field: str) -> Path:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file or a torch checkpoint (also below ``state_dict``), on the CPU.
+    """The tensors of a safetensors file or a torch checkpoint (also below ``state_dict`` or ``model``), on the CPU.
 
     Raises UserError for a file that is neither, or that holds pickled code.
     """
@@ -37,12 +38,20 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         if path.read_bytes()[:1] not in (b"P", b"\x80"):  # neither a zip nor a pickle: an error page, a pointer file
             raise UserError(f"{path}: not a readable checkpoint") from error
-        raise UserError(f"{path}: holds more than tensors (pickled code); it is not loaded. Re-save its state_dict alone") from error
+        raise UserError(
+            f"{path}: holds more than tensors (pickled code); it is not loaded. Take its tensors out, without running anything, with "
+            f"`python -m pipeline convert-vqgan {path} OUT.safetensors`, or re-save its state_dict alone"
+        ) from error
     except Exception as error:  # torch and safetensors raise whatever their parsers stumble over
         raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})") from error
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+    for name in WRAPPERS:
+        if isinstance(tree, dict) and isinstance(tree.get(name), dict):
+            tree = tree[name]
+            break
     if not isinstance(tree, dict) or not all(isinstance(value, torch.Tensor) for value in tree.values()):
         raise UserError(f"{path}: expected a state dict of tensors")
+    if tree and all(name.startswith("module.") for name in tree):  # saved from DistributedDataParallel
+        tree = {name.removeprefix("module."): value for name, value in tree.items()}
     return tree
 
 

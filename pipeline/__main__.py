@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from pathlib import Path
 
 import click
 
@@ -92,6 +93,17 @@ def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...])
     click.echo(summary(out))
     if samples:
         click.echo(f"{out}: the teacher agrees with the stored labels and logits of up to {samples} random samples of each stream")
+
+
+@main.command("convert-vqgan")
+@click.argument("source", metavar="IN", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("target", metavar="OUT.safetensors", type=click.Path(path_type=Path))
+def convert(source: Path, target: Path) -> None:
+    """Take the weights out of a published VQGAN checkpoint (Lightning's pickles included) without running anything in it."""
+    from .convert import convert_vqgan
+
+    kept, left = convert_vqgan(source, target)
+    click.echo(f"{target}: {kept} tensors; {left} others (loss, optimizer) left out. Use it with discretizer.weights={target}")
 
 
 add_recipe_command(main, load)

@@ -114,12 +114,12 @@ def verified(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _noise(shape: Sequence[int], settings: AttackSettings, generator: torch.Generator) -> torch.Tensor:
     start = torch.rand((), generator=generator) < settings.random_start
+    if not start:
+        return torch.zeros(*shape)
     if settings.norm == "linf":
-        noise = torch.empty(*shape).uniform_(-settings.eps, settings.eps, generator=generator)
-    else:
-        noise = torch.randn(*shape, generator=generator)
-        noise *= settings.eps / noise.norm()
-    return noise if start else torch.zeros_like(noise)
+        return torch.empty(*shape).uniform_(-settings.eps, settings.eps, generator=generator)
+    noise = torch.randn(*shape, generator=generator)
+    return noise * (settings.eps / noise.norm())
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from shards import decode_image, encode_image
 from shards.codec import to_float, to_uint8
 
 from .attack import attack, draw_noise, loss_gradient
-from .classes import load_classes
+from .classes import find_classes
 from .models import load_models
 from .recipe import load
 from .shard_job import Prepared, prepare, run_shard
@@ -35,7 +35,7 @@ from .sources import plan_source
 def main(recipe: str, images: int, repeats: int, overrides: tuple[str, ...]) -> None:
     """Measure images/s of the bare model calls and of the whole per-shard job."""
     settings = load(recipe, overrides)
-    classes = load_classes(find_file(settings.source.classes, "source.classes"))
+    classes = find_classes(settings.source.classes)[0]
     piece = plan_source(settings.source.data, classes, settings.source.shard_size).pieces[0]
     piece = replace(piece, count=min(images, piece.count))
     models = load_models(settings, classes)

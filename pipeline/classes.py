@@ -7,7 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from manifests import UserError
+from manifests import UserError, find_file
+from manifests.recipe import fingerprint
+from manifests.weights import files_fingerprint
+
+IMAGENET = "imagenet-1k"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,23 @@ class ClassList:
     names: tuple[str, ...]
     folders: tuple[str, ...]
     templates: tuple[str, ...]  # prompts with {} for the name; empty when the file has none
+
+
+def find_classes(name: str) -> tuple[ClassList, str]:
+    """The class list that a recipe's ``source.classes`` names, and its fingerprint. Raises UserError when there is none."""
+    if name == IMAGENET:
+        classes = imagenet_classes()
+        return classes, fingerprint([classes.names, classes.folders])
+    path = find_file(name, "source.classes")
+    return load_classes(path), files_fingerprint([path])
+
+
+def imagenet_classes() -> ClassList:
+    """The 1000 classes of ImageNet: open_clip's names (OpenAI's, curated) and the wnids as folders, in the benchmark's order."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    return ClassList(names=tuple(IMAGENET_CLASSNAMES), folders=tuple(ImageNetInfo("imagenet-1k").label_names()), templates=())
 
 
 def load_classes(path: Path) -> ClassList:

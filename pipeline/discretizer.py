@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import yaml
+from pydantic import BeforeValidator
 from torch import nn
 
 from manifests import UserError, find_file, load_weights, recipe_dataclass
+from manifests.recipe import nearest
 
+RANDOM = "random"
 NEAREST_CHUNK = 8192  # tokens whose distances to all codes are held at once: 8192 x 16384 float32 is 512 MiB
 
 
@@ -36,6 +42,47 @@ class VQGANConfig:
     def downsampling(self) -> int:
         """Pixels per code, along a side (the f of f=8)."""
         return 2 ** (len(self.ch_mult) - 1)
+
+
+_F16 = {"ch_mult": (1, 1, 2, 2, 4), "attn_resolutions": (16,)}
+KNOWN: Mapping[str, Mapping[str, Any]] = {
+    # latent-diffusion's first stages; f8-16384 is the paper's discretizer
+    "f4-8192": {"ch_mult": (1, 2, 4), "attn_resolutions": (), "z_channels": 3, "embed_dim": 3, "n_embed": 8192},
+    "f8-16384": {},
+    "f8-256": {"n_embed": 256},
+    "f16-16384-ldm": {**_F16, "z_channels": 8, "embed_dim": 8},
+    # taming-transformers' ImageNet models
+    "f16-1024": {**_F16, "z_channels": 256, "embed_dim": 256, "n_embed": 1024},
+    "f16-16384": {**_F16, "z_channels": 256, "embed_dim": 256},
+}
+
+
+def named_config(value: object) -> object:
+    """The shape that a name of `KNOWN`, or a YAML file in taming's layout, stands for; anything else as it is.
+
+    Raises UserError for an unknown name, or a file that describes no VQGAN.
+    """
+    if not isinstance(value, str):
+        return value
+    if value in KNOWN:
+        return dict(KNOWN[value])
+    if not value.endswith((".yaml", ".yml")):
+        raise UserError(f"discretizer.config: no VQGAN is known as {value!r}{nearest(value, list(KNOWN))}; or name taming's YAML file")
+    path = find_file(value, "discretizer.config")
+    try:
+        params = yaml.safe_load(path.read_text())["model"]["params"]
+        shape = {**params["ddconfig"], "embed_dim": params["embed_dim"], "n_embed": params["n_embed"]}
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"discretizer.config: {path}: not a VQGAN of taming's layout (model.params.ddconfig, embed_dim, n_embed)"
+        ) from error
+    odd = {"double_z": False, "in_channels": 3, "out_ch": 3}
+    if wrong := next((name for name, fit in odd.items() if shape.get(name, fit) != fit), None):
+        raise UserError(f"discretizer.config: {path}: {wrong} is {shape[wrong]!r}; a VQGAN of images needs {odd[wrong]!r}")
+    return {name: value for name, value in shape.items() if name in VQGANConfig.__dataclass_fields__}
+
+
+NamedConfig = Annotated[VQGANConfig, BeforeValidator(named_config)]
 
 
 class VQGAN(nn.Module):
@@ -116,17 +163,24 @@ class Identity(nn.Module):
 
 
 def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqgan") -> nn.Module:
-    """Build the discretizer that a recipe asks for, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    """Build the discretizer that a recipe asks for, on the CPU. ``weights="random"`` needs no file: for trying out and measuring.
+
+    Raises UserError for missing, unreadable or unfitting weights.
+    """
     if kind == "identity":
         return Identity()
     if weights is None:
         raise UserError("discretizer.weights: name a checkpoint file of the VQGAN")
-    path: Path = find_file(weights, "discretizer.weights")
-    state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
     try:
-        vqgan = VQGAN(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vqgan = VQGAN(config)
     except (ValueError, RuntimeError, UnboundLocalError, ZeroDivisionError) as error:
         raise UserError(f"discretizer.config: no VQGAN has this shape ({' '.join(str(error).split())[:120]})") from error
+    if weights == RANDOM:
+        return vqgan.eval()
+    path: Path = find_file(weights, "discretizer.weights")
+    state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
     try:
         vqgan.load_state_dict(state)
     except RuntimeError as error:

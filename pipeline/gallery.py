@@ -16,7 +16,7 @@ from .attack import attack, draw_noise
 from .classes import ClassList
 from .models import Models
 from .recipe import Recipe
-from .shard_job import prepare
+from .prepare import prepare
 from .sources import Piece
 
 GALLERY = "gallery.png"

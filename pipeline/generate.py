@@ -17,19 +17,18 @@ from manifests.claims import clear, forget, look
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
 from manifests.rundir import MANIFEST, RUN, count_statuses
-from manifests.weights import files_fingerprint, find_file
 
+from .batch_job import Row
 from .card import CARD, dataset_card
-from .classes import ClassList, load_classes
+from .classes import ClassList, find_classes
 from .gallery import GALLERY
 from .launchers import find_launcher
 from .launchers.local import devices
 from .models import Models, load_models
 from .recipe import Recipe
-from .shard_job import Row
 from .sources import SourcePlan, plan_source
 from .status import Survey
-from .worker import Work, finished, unfinished, work_through
+from .worker import Work, unfinished, work_through
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "taming-transformers", "timm", "pillow", "numpy", "pyarrow")
 
@@ -53,14 +52,13 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     """
     run = RunDir(out)
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
-    classes_file = find_file(recipe.source.classes, "source.classes")
-    classes = load_classes(classes_file)
-    plan = plan_source(recipe.source.data, classes, recipe.source.shard_size)
-    models = load_models(recipe if here else replace(recipe, device="cpu", precision="fp32"), classes)
+    classes, classes_fingerprint = find_classes(recipe.source.classes)
+    plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
+    models = load_models(recipe if here else replace(recipe, device="cpu", precision="fp32", compile=False), classes)
     info = RunInfo(
         recipe=as_tree(recipe),
         identity=identity(recipe),
-        fingerprints=models.fingerprints() | {"classes": files_fingerprint([classes_file]), "source": plan.fingerprint},
+        fingerprints=models.fingerprints() | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),
         shards=len(plan.pieces),
         samples=plan.samples,
@@ -80,11 +78,10 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     job.out.claim(job.info)
     job.out.store.remove_stale_temporaries()
     sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
-    done = finished(job.out)
-    todo = tuple(shard for shard in range(job.info.shards) if shard not in sound or shard not in done)
+    todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
     work = Work(recipe=recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
     missing: dict[int, str] = {}
-    if todo:
+    if todo or not job.out.store.exists(GALLERY):
         where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"
         click.echo(f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}")
         missing = _make_missing(job, work, sum(job.plan.pieces[shard].count for shard in sound))
@@ -130,7 +127,7 @@ def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
     for shard in look(job.out.store).failed:  # of an earlier command: every command tries anew
         forget(job.out.store, shard)
     missing: dict[int, str] = {}
-    while work.todo:
+    while True:
         _run_workers(job, work, done)
         left, given_up = unfinished(work, job.out)
         missing |= {shard: f"failed {failure.tries} times: {failure.reason}" for shard, failure in given_up.items()}
@@ -138,7 +135,8 @@ def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
         # Read back once, whoever made it: two workers at one shard may have mixed their files
         made = set(work.todo) - missing.keys()
         work = replace(work, todo=tuple(sorted(made - sound_shards(job.out, job.info, made))))
-    return missing
+        if not work.todo:
+            return missing
 
 
 def _run_workers(job: Job, work: Work, done: int) -> None:
@@ -215,4 +213,4 @@ def recipe_of(run: RunDir, overrides: tuple[str, ...]) -> tuple[Recipe, ClassLis
     """The recipe that a run was made with, with overrides (for paths that differ here), and its class list."""
     tree = apply_overrides(run.info().recipe, overrides)
     recipe = make_recipe(Recipe, tree, run.store.where(RUN))
-    return recipe, load_classes(find_file(recipe.source.classes, "source.classes"))
+    return recipe, find_classes(recipe.source.classes)[0]

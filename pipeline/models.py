@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import click
@@ -39,6 +40,22 @@ class Models:
             discrete, codes = self.discretizer_model(_channels_last(images))
             return discrete.float(), codes
 
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on the models' device, without waiting for it."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def fetch(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+        """(A tensor of the device on the CPU, a function that waits until it is there)."""
+        if self.device.type != "cuda":
+            return tensor.cpu(), lambda: None
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        target.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return target, event.synchronize
+
     def fingerprints(self) -> dict[str, str]:
         return {"teacher": weights_fingerprint(self.teacher_model), "discretizer": weights_fingerprint(self.discretizer_model)}
 
@@ -53,7 +70,7 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
         torch.set_num_threads(recipe.threads)
     if recipe.precision == "bf16" and not use_bf16("auto", device):
         click.echo(f"note: {device} has no bf16 in hardware; --set precision=fp32 may be faster", err=True)
-    teacher = load_teacher(recipe.teacher, classes).to(device)
+    teacher = load_teacher(recipe.teacher, classes, device)
     settings = recipe.discretizer
     discretizer = load_discretizer(settings.config, settings.weights, settings.kind).to(device)
     if settings.kind == "vqgan" and recipe.canvas % settings.config.downsampling:

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manifests import Execution, Location, load_recipe, recipe_dataclass
+from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
 from shards import ImageFormat
 
 from .attack import AttackSettings
-from .discretizer import VQGANConfig
+from .discretizer import NamedConfig, VQGANConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -22,11 +22,17 @@ class Source:
     """The labelled images to start from."""
 
     data: Annotated[str, Location]
-    """A folder of WebDataset tars (or one tar), or an ImageFolder (one sub-folder per class)."""
-    classes: Annotated[str, Location]
-    """YAML file: `classes` (names, in label order), optionally `folders` (an ImageFolder's folder names, in the same order)."""
+    """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; tars or Parquet files by name with braces
+    (`train-{000000..001281}.tar`), several joined by `::`; or, on the command line only, `pipe:COMMAND` for each tar."""
+    classes: Annotated[str, Location] = "imagenet-1k"
+    """`imagenet-1k` (open_clip's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order), optionally
+    `folders` (an ImageFolder's folder names, in the same order) and `templates`."""
     shard_size: Annotated[int, Field(ge=1)] = 1000
-    """Source samples per shard, at most. Small shards make a short tail and lose little when a worker dies."""
+    """Source samples per shard, about: whole tars stay whole where they can. Small shards make a short tail and lose little when a
+    worker dies."""
+    keys: Literal["name", "place"] = "name"
+    """What a sample's key comes from. name: its own name (tar member, file path, Parquet `image.path`). place: file and number,
+    for sources whose names repeat."""
 
 
 @recipe_dataclass
@@ -51,8 +57,8 @@ class Discretizer:
     """identity: no discretization, plain adversarial examples."""
     weights: Annotated[str | None, Location] = None
     """Checkpoint in taming's layout (safetensors, or a torch file of tensors)."""
-    config: VQGANConfig = VQGANConfig()
-    """Shape of the VQGAN."""
+    config: NamedConfig = VQGANConfig()
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
 
 
 @recipe_dataclass
@@ -65,6 +71,8 @@ class Output:
     """False: the clean shards hold labels and logits only."""
     codes: bool = False
     """True: store the VQ codes of each DAD image as KEY.codes.npy (uint16)."""
+    attacked_loss: bool = False
+    """True: record the teacher's loss on the attacked image before the second discretization. Costs one more teacher forward."""
 
 
 @recipe_dataclass
@@ -95,6 +103,8 @@ class Recipe:
     """Side of the square images, in pixels: shorter side resized to it, then centre-cropped."""
     batch: Annotated[int, Field(ge=1)] = 64
     """Images per model call. Part of the result's identity: floating point sums depend on it."""
+    compile: bool = False
+    """torch.compile for both models: fewer passes over memory, minutes of warm-up. Changes the last bits of the result."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the models' forward and backward passes. Losses, logits and the perturbation are float32."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -105,10 +115,15 @@ class Recipe:
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
     threads: Annotated[int | None, Field(ge=1), Execution] = None
     """CPU threads of the models. None: all cores, shared by the workers of a machine."""
+    codec_threads: Annotated[int | None, Field(ge=1), Execution] = None
+    """CPU threads that decode the sources, and as many that encode x'', beside the models. None: half of the cores, at most 16."""
     launch: Launch = Launch()
     """Where the shards are made."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides."""
-    return load_recipe(Recipe, name, FOLDER, overrides)
+    recipe = load_recipe(Recipe, name, FOLDER, overrides)
+    if "pipe:" in recipe.source.data and not any(override.startswith("source.data=") for override in overrides):
+        raise UserError(f"{name}: source.data: a recipe is data and starts no commands; give `pipe:` on the command line, with --data")
+    return recipe

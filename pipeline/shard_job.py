@@ -1,187 +1,221 @@
-"""The per-shard job: one piece of the source in, two tars and a part file out. Pure: what comes out depends on nothing else."""
+"""The per-shard job: one piece of the source in, two tars and a part file out. Pure: what comes out depends on nothing else.
+
+`run_shards` makes one shard after the other and keeps the models busy in between: three batches are in flight, the samples of the
+next are being read and decoded, and finished shards are written, all at the same time. Batches never cross shards, and keep the
+order of the source, so a repeated shard repeats its bytes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
-import torch.nn.functional as F
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 
 from manifests import RunDir
 from manifests.rows import PartRecord, TarRecord, encode_part
 from manifests.rundir import part_name, tar_name
-from shards import TarWriter, decode_image, encode_image
-from shards.canvas import BadImage, load_canvas
-from shards.codec import encode_array, to_float, to_uint8
+from shards import TarWriter
+from shards.codec import encode_array
 
-from .attack import attack, draw_noise, verified
+from .batch_job import AttackedBatch, JudgedBatch, Result, Row, attack_batch, collect, judge_batch
 from .classes import ClassList
 from .models import Models
+from .prefetch import Prefetch, map_in_order
+from .prepare import Prepared, batches, prepare_sample
 from .recipe import Recipe
-from .sources import Piece, SourceSample
+from .sources import Piece
 
-Row = dict[str, Any]
+Report = Callable[[int, list[Row]], None]  # (shard, rows of a batch that is done)
+BATCHES_AHEAD = 2
+FLUSH = (None, None)  # pushes what is in flight through the remaining stages
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A source sample on the canvas, or why it is not."""
+@dataclass
+class _Shard:
+    """A shard in the making."""
 
-    source: SourceSample
-    clean_bytes: bytes = b""  # as stored
-    clean: torch.Tensor | None = None  # as a reader will decode it, uint8 [3, S, S]
-    problem: str | None = None
+    number: int
+    piece: Piece
+    rows: list[Row] = field(default_factory=list)
+    clean: TarWriter = field(default_factory=TarWriter)
+    dad: TarWriter = field(default_factory=TarWriter)
+    keys: set[str] = field(default_factory=set)
+    error: Exception | None = None
+
+
+@dataclass
+class _Batch:
+    """A batch on its way through the stages, or, without samples, the end of its shard."""
+
+    shard: _Shard
+    samples: list[Prepared]
+    state: AttackedBatch | JudgedBatch | None = None
 
 
 def run_shard(
     shard: int, piece: Piece, recipe: Recipe, classes: ClassList, models: Models, out: RunDir, run: str, report: Callable[[list[Row]], None]
 ) -> list[Row]:
-    """Make shard number ``shard`` and commit it: clean tar, DAD tar, and last its part file. Returns the rows.
+    """Make one shard and commit it: clean tar, DAD tar, and last its part file. Returns the rows.
 
-    run: fingerprint of the run; report: called with the rows of every finished batch. Batches never cross shards.
+    run: fingerprint of the run; report: called with the rows of every finished batch. Raises UserError for a damaged source.
     """
-    rows: list[Row] = []
-    clean_tar, dad_tar = TarWriter(), TarWriter()
-    for batch in _batches(prepare(piece, recipe, classes), recipe.batch):
-        new = _run_batch(batch, shard, recipe, models, clean_tar, dad_tar)
-        rows.extend(new)
-        report(new)
+    ((_, outcome),) = run_shards([(shard, piece)], recipe, classes, models, out, run, lambda _, rows: report(rows))
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def run_shards(
+    work: Iterable[tuple[int, Piece] | None], recipe: Recipe, classes: ClassList, models: Models, out: RunDir, run: str, report: Report
+) -> Iterator[tuple[int, list[Row] | Exception]]:
+    """Make shards and commit each; yields (shard, its rows, or why it failed) in the order of the work.
+
+    work: (shard, piece), drawn shortly before it is needed; None means that nothing is free now, but what is in flight should be
+    finished before asking again. A shard that fails leaves the others alone.
+    """
+    threads = recipe.codec_threads or max(1, min(16, (os.cpu_count() or 1) // 2))
+    with contextlib.ExitStack() as stack:
+        readers, codec, writer = (_pool(stack, count, name) for count, name in ((threads, "decode"), (threads, "encode"), (1, "write")))
+        stages: tuple[Callable[[_Batch], None], ...] = (
+            partial(_attack, recipe=recipe, models=models, codec=codec),
+            partial(_judge, models=models),
+            partial(_collect, recipe=recipe, report=report),
+        )
+        flight: list[_Batch | None] = [None] * len(stages)  # flight[n] has come to stage n
+        written: deque[tuple[_Shard, Future[list[Row]]]] = deque()
+        for batch in _all_batches(work, recipe, classes, readers, stack):
+            # The newest first: on a GPU its attack then runs while the CPU waits for the codec of the one before
+            flight = [batch, *flight[:-1]]
+            for stage, at in zip(stages, flight, strict=True):
+                if at is not None and at.samples:
+                    _advance(stage, at)
+            if (last := flight[-1]) is not None and not last.samples:
+                written.append((last.shard, writer.submit(_commit, last.shard, out, run)))
+            while written and (batch is None or len(written) > 1 or written[0][1].done()):
+                shard, future = written.popleft()
+                error = future.exception()
+                yield shard.number, future.result() if error is None else _plain(error)
+
+
+def _all_batches(
+    work: Iterable[tuple[int, Piece] | None], recipe: Recipe, classes: ClassList, pool: Executor, stack: contextlib.ExitStack
+) -> Iterator[_Batch | None]:
+    """The batches of all shards, each shard followed by an empty one; None where what is in flight must be finished.
+
+    A piece is opened as soon as the one before has been read to its end, while the last batches of that are still to come.
+    """
+    pieces, more = iter(work), True
+    feeds: deque[tuple[_Shard, Prefetch[list[Prepared]]]] = deque()
+    while more or feeds:
+        if more and (not feeds or (len(feeds) == 1 and feeds[0][1].exhausted)):
+            entry = next(pieces, False)
+            more = entry is not False
+            if isinstance(entry, tuple):
+                shard = _Shard(*entry)
+                samples = map_in_order(pool, partial(prepare_sample, recipe=recipe), shard.piece.samples(classes), 2 * recipe.batch)
+                feeds.append((shard, Prefetch(batches(samples, recipe.batch), BATCHES_AHEAD)))
+                stack.callback(feeds[-1][1].close)
+            elif not feeds:
+                yield from FLUSH
+        if feeds:
+            shard, feed = feeds[0]
+            batch = _next_batch(shard, feed)
+            if not batch:
+                feed.close()
+                feeds.popleft()
+            yield _Batch(shard, batch)
+    yield from FLUSH
+
+
+def _next_batch(shard: _Shard, feed: Prefetch[list[Prepared]]) -> list[Prepared]:
+    """Empty at the end of a shard, also of one that failed."""
+    try:
+        return [] if shard.error else next(feed, [])
+    except Exception as error:
+        shard.error = error
+        return []
+
+
+def _advance(stage: Callable[[_Batch], None], batch: _Batch) -> None:
+    if batch.shard.error is None:
+        try:
+            stage(batch)
+        except Exception as error:
+            batch.shard.error = error
+
+
+def _attack(batch: _Batch, recipe: Recipe, models: Models, codec: Executor) -> None:
+    if usable := [sample for sample in batch.samples if sample.clean is not None]:
+        batch.state = attack_batch(usable, recipe, models, codec)
+
+
+def _judge(batch: _Batch, models: Models) -> None:
+    if isinstance(batch.state, AttackedBatch):
+        batch.state = judge_batch(batch.state, models)
+
+
+def _collect(batch: _Batch, recipe: Recipe, report: Report) -> None:
+    results = iter(collect(batch.state) if isinstance(batch.state, JudgedBatch) else [])
+    shard, batch.state = batch.shard, None
+    rows = [_add(sample, None if sample.clean is None else next(results), shard, recipe) for sample in batch.samples]
+    shard.rows.extend(rows)
+    report(shard.number, rows)
+
+
+def _add(sample: Prepared, result: Result | None, shard: _Shard, recipe: Recipe) -> Row:
+    """Put a sample into the tars that it belongs in; returns its row."""
+    key, label = sample.source.key, str(sample.source.label).encode()
+    row: Row = {"key": key, "shard": shard.number, "label": sample.source.label}
+    if result is None:
+        return row | {"status": "error", "reason": sample.problem}
+    row |= result.row
+    if key in shard.keys:
+        row |= {"status": "error", "reason": "the key occurs twice in the shard; set source.keys=place"}
+    if row["status"] == "error":
+        return row
+    shard.keys.add(key)
+    image = recipe.output.image.format
+    members = {"cls": label, "logits.npy": encode_array(result.clean_logits)}
+    if recipe.output.clean_images:
+        members = {image: sample.clean_bytes} | members
+    extent = shard.clean.add(key, members)
+    row |= {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
+    if row["status"] == "verified":
+        members = {image: result.image, "cls": label, "logits.npy": encode_array(result.dad_logits)}
+        if recipe.output.codes:
+            members["codes.npy"] = encode_array(result.codes)
+        extent = shard.dad.add(key, members)
+        row |= {"dad_offset": extent.offset, "dad_size": extent.size, "dad_crc32": extent.crc32}
+    return row
+
+
+def _commit(shard: _Shard, out: RunDir, run: str) -> list[Row]:
+    """Write the tars and, last, the part file. Raises what the shard failed with."""
+    if shard.error is not None:
+        raise shard.error
     tars = []
-    for stream, tar in (("clean", clean_tar), ("dad", dad_tar)):
+    for stream, tar in (("clean", shard.clean), ("dad", shard.dad)):
         data = tar.close()
-        name = tar_name(stream, shard)
+        name = tar_name(stream, shard.number)
         out.store.write(name, data)
         tars.append(TarRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=tar.samples))
-    record = PartRecord(shard=shard, source=piece.name, run=run, samples=len(rows), tars=tuple(tars))
-    out.store.write(part_name(shard), encode_part(rows, record))
-    return rows
+    record = PartRecord(shard=shard.number, source=shard.piece.name, run=run, samples=len(shard.rows), tars=tuple(tars))
+    out.store.write(part_name(shard.number), encode_part(shard.rows, record))
+    return shard.rows
 
 
-def prepare(piece: Piece, recipe: Recipe, classes: ClassList) -> Iterator[Prepared]:
-    """Decode, canvas, encode and decode again: step 0 of the method. Bad samples come out with their problem."""
-    settings = recipe.output
-    for source in piece.samples(classes):
-        if source.problem is not None:
-            yield Prepared(source, problem=source.problem)
-            continue
-        try:
-            canvas = load_canvas(source.data, recipe.canvas)
-        except BadImage as error:
-            yield Prepared(source, problem=str(error))
-            continue
-        if settings.clean_images:
-            data = encode_image(canvas, settings.image)
-            yield Prepared(source, data, decode_image(data))
-        else:
-            yield Prepared(source, b"", canvas)
+def _pool(stack: contextlib.ExitStack, threads: int, name: str) -> Executor:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    return pool
 
 
-def _batches(samples: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:
-    """Lists with ``size`` usable samples each (fewer in the last); unusable ones ride along in their place."""
-    batch: list[Prepared] = []
-    usable = 0
-    for sample in samples:
-        batch.append(sample)
-        usable += sample.clean is not None
-        if usable == size:
-            yield batch
-            batch, usable = [], 0
-    if batch:
-        yield batch
-
-
-def _run_batch(batch: list[Prepared], shard: int, recipe: Recipe, models: Models, clean_tar: TarWriter, dad_tar: TarWriter) -> list[Row]:
-    usable = [sample for sample in batch if sample.clean is not None]
-    results = iter(_compute(usable, recipe, models) if usable else [])
-    rows: list[Row] = []
-    for sample in batch:
-        row: Row = {"key": sample.source.key, "shard": shard, "label": sample.source.label}
-        if sample.clean is None:
-            rows.append(row | {"status": "error", "reason": sample.problem})
-            continue
-        result = next(results)
-        row |= result.row
-        if row["status"] == "error":
-            rows.append(row)
-            continue
-        members = {"cls": str(sample.source.label).encode(), "logits.npy": encode_array(result.clean_logits)}
-        if recipe.output.clean_images:
-            members = {recipe.output.image.format: sample.clean_bytes} | members
-        extent = clean_tar.add(sample.source.key, members)
-        row |= {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
-        if row["status"] == "verified":
-            members = {recipe.output.image.format: result.image}
-            members |= {"cls": str(sample.source.label).encode(), "logits.npy": encode_array(result.dad_logits)}
-            if recipe.output.codes:
-                members["codes.npy"] = encode_array(result.codes)
-            extent = dad_tar.add(sample.source.key, members)
-            row |= {"dad_offset": extent.offset, "dad_size": extent.size, "dad_crc32": extent.crc32}
-        rows.append(row)
-    return rows
-
-
-@dataclass(frozen=True)
-class _Result:
-    row: Row
-    clean_logits: np.ndarray  # float16 [classes]
-    dad_logits: np.ndarray
-    image: bytes  # x'' as stored
-    codes: np.ndarray  # uint16 [h, w]
-
-
-def _compute(samples: list[Prepared], recipe: Recipe, models: Models) -> Iterator[_Result]:
-    """The method on one batch of usable samples (DESIGN.md, steps 1 to 6)."""
-    device = models.device
-    x = to_float(torch.stack([sample.clean for sample in samples if sample.clean is not None])).to(device)
-    y = torch.tensor([sample.source.label for sample in samples], device=device)
-    noise = draw_noise([sample.source.key for sample in samples], x.shape[1:], recipe.attack, recipe.seed).to(device)
-    with torch.no_grad():
-        clean_logits = models.teacher(x)
-    attacked = attack(x, y, models.teacher, models.discretizer, recipe.attack, noise)
-    # What is verified and labelled is the image as a reader of the shard will see it.
-    stored = [encode_image(image, recipe.output.image) for image in to_uint8(attacked.adversarial).cpu()]
-    seen = to_float(torch.stack([decode_image(data) for data in stored])).to(device)
-    with torch.no_grad():
-        dad_logits = models.teacher(seen)
-        attacked_loss = F.cross_entropy(models.teacher(attacked.perturbed), y, reduction="none")
-    clean_logits, dad_logits = clean_logits.half(), dad_logits.half()  # judge what is stored, not what was computed
-    good = verified(dad_logits, y)
-    finite = (clean_logits.isfinite() & dad_logits.isfinite()).all(1)
-    clean, dad = _judge(clean_logits, y), _judge(dad_logits, y)
-    codes = attacked.codes.cpu()
-    changed = (attacked.codes != attacked.codes_discrete).flatten(1).float().mean(1) if codes.numel() else None
-    columns = {
-        "clean_pred": clean.prediction,
-        "clean_prob": clean.probability,
-        "dad_pred": dad.prediction,
-        "dad_prob": dad.probability,
-        "loss_clean": clean.loss,
-        "loss_attacked": attacked_loss,
-        "loss_dad": dad.loss,
-        "delta_l2": (attacked.perturbed - attacked.discrete).flatten(1).norm(dim=1),
-    }
-    values = {name: column.tolist() for name, column in columns.items()}
-    for i, data in enumerate(stored):
-        row: Row = {name: column[i] for name, column in values.items()}
-        row |= {"bytes": len(data), "codes_changed": None if changed is None else changed[i].item(), "status": "verified", "reason": None}
-        if not finite[i]:
-            row |= {"status": "error", "reason": "the teacher's logits are not finite"}
-        elif not good[i]:
-            row |= {"status": "rejected", "reason": f"the teacher sees class {row['dad_pred']}"}
-        yield _Result(row, clean_logits[i].cpu().numpy(), dad_logits[i].cpu().numpy(), data, codes[i].numpy().astype(np.uint16))
-
-
-@dataclass(frozen=True)
-class _Judgement:
-    prediction: torch.Tensor
-    probability: torch.Tensor
-    loss: torch.Tensor
-
-
-def _judge(logits: torch.Tensor, y: torch.Tensor) -> _Judgement:
-    probability, prediction = logits.float().softmax(1).max(1)
-    return _Judgement(prediction, probability, F.cross_entropy(logits.float(), y, reduction="none"))
+def _plain(error: BaseException) -> Exception:
+    if not isinstance(error, Exception):
+        raise error
+    return error

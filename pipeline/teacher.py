@@ -18,12 +18,17 @@ from torch import nn
 
 from manifests import UserError, find_file, load_weights
 from manifests.recipe import nearest
+from manifests.archive import is_torchscript, read_tensors
 from manifests.weights import files_fingerprint
 
 from .classes import ClassList, load_templates
 from .recipe import Teacher as TeacherSettings
+from .zero_shot import cached_head
 
 LOCAL = "local-dir:"
+RANDOM = "random"  # as weights: for trying out and measuring, without a file
+PRETRAINED = "pretrained"
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # open_clip's, of CLIP
 
 
 class Teacher(nn.Module):
@@ -71,22 +76,10 @@ class Teacher(nn.Module):
             return self.scale * F.normalize(features.float(), dim=1) @ self.head
 
 
-def load_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
-    """Build the teacher that a recipe asks for, on the CPU. Raises UserError for unknown names, missing or unreadable weights."""
-    if settings.kind == "timm":
-        return _timm_teacher(settings, classes)
-    return _open_clip_teacher(settings, classes)
-
-
-def zero_shot_head(model: nn.Module, tokenizer: object, classes: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    """Mean text embedding of each class over all templates, as unit vectors: [D, classes] (Radford et al., 2021, sec. 3.1.4)."""
-    columns = []
-    with torch.no_grad():
-        for name in classes:
-            tokens = tokenizer([template.format(name) for template in templates])  # type: ignore[operator]
-            embedded = F.normalize(model.encode_text(tokens).float(), dim=1).mean(0)  # type: ignore[operator]
-            columns.append(F.normalize(embedded, dim=0))
-    return torch.stack(columns, dim=1)
+def load_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device | str = "cpu") -> Teacher:
+    """Build the teacher that a recipe asks for, on a device. Raises UserError for unknown names, missing or unreadable weights."""
+    make = _timm_teacher if settings.kind == "timm" else _open_clip_teacher
+    return make(settings, classes, torch.device(device)).to(device)
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -103,53 +96,86 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open_clip_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
-    import open_clip
-
-    name, weights = settings.model, settings.weights
-    tokenizer_options = {}
-    bpe = None
-    if name.startswith(LOCAL):
-        folder = find_file(name.removeprefix(LOCAL), "teacher.model")
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.p*t*")):
-            raise UserError(f"teacher.model: {folder}: holds no weights (open_clip_model.safetensors)")
-        if (folder / "bpe.txt.gz").exists():
-            tokenizer_options["bpe_path"] = str(folder / "bpe.txt.gz")
-            bpe = files_fingerprint([folder / "bpe.txt.gz"])
-        name, weights = f"{LOCAL}{folder}", None
-    elif name.startswith("hf-hub:"):
-        weights = None  # the hub's directory holds them
-    elif name not in open_clip.list_models():
-        raise UserError(f"teacher.model: open_clip knows no model {name!r}{nearest(name, open_clip.list_models())}")
-    elif weights is None:
-        raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
-    elif weights not in open_clip.list_pretrained_tags_by_model(name):
-        weights = str(find_file(weights, "teacher.weights"))
-    before = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs every step of loading to the root logger
-    try:
-        model = open_clip.create_model(name, pretrained=weights)
-        tokenizer = open_clip.get_tokenizer(name, **tokenizer_options)
-    except Exception as error:  # whatever open_clip or a download raises, the user needs the field and the reason
-        raise UserError(f"teacher: cannot load {name} with weights {weights}: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        logging.getLogger().setLevel(before)
-    model.eval()
-    templates = _templates(settings, classes)
-    architecture = settings.model
+def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device) -> Teacher:
     if settings.model.startswith(LOCAL):
+        folder = find_file(settings.model.removeprefix(LOCAL), "teacher.model")
+        model, tokenizer, bpe = _load_local_folder(folder)
         architecture = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    else:
+        model, tokenizer = _load_open_clip(settings)
+        architecture, bpe = settings.model, None
+    model.eval()
+    if settings.weights == RANDOM:
+        templates: Sequence[str] = ()
+        head = F.normalize(
+            torch.randn(model.text_projection.shape[1], len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0
+        )
+    else:
+        templates = _templates(settings, classes)
+        head = cached_head(model.to(device), tokenizer, classes.names, templates, bpe)
     size = model.visual.image_size
     preprocess = getattr(model.visual, "preprocess_cfg", {})
     return Teacher(
         model,
         size=size[0] if isinstance(size, tuple | list) else size,
-        mean=preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN),
-        std=preprocess.get("std", open_clip.OPENAI_DATASET_STD),
-        head=zero_shot_head(model, tokenizer, classes.names, templates),
+        mean=preprocess.get("mean", OPENAI_MEAN),
+        std=preprocess.get("std", OPENAI_STD),
+        head=head,
         scale=float(model.logit_scale.detach().exp()),
         made_from={"model": architecture, "classes": classes.names, "templates": templates, "tokenizer": bpe},
     )
+
+
+def _load_local_folder(folder: Path) -> tuple[Any, object, str | None]:
+    """(model, tokenizer, fingerprint of the folder's own vocabulary) of open_clip's ``local-dir:`` layout."""
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.p*t*")):
+        raise UserError(f"teacher.model: {folder}: holds no weights (open_clip_model.safetensors)")
+    vocabulary = folder / "bpe.txt.gz"
+    if not vocabulary.exists():
+        return *_create(f"{LOCAL}{folder}", None), None
+    return *_create(f"{LOCAL}{folder}", None, bpe_path=str(vocabulary)), files_fingerprint([vocabulary])
+
+
+def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
+    """(model, tokenizer) by name, with a pretrained tag, a checkpoint file, or random weights."""
+    import open_clip
+
+    name, weights = settings.model, settings.weights
+    if name.startswith("hf-hub:"):
+        return _create(name, None)  # the hub's directory holds the weights
+    if name not in open_clip.list_models():
+        raise UserError(f"teacher.model: open_clip knows no model {name!r}{nearest(name, open_clip.list_models())}")
+    if weights is None:
+        raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
+    if weights == RANDOM or weights in open_clip.list_pretrained_tags_by_model(name):
+        return _create(name, None if weights == RANDOM else weights)
+    path = find_file(weights, "teacher.weights")
+    if not is_torchscript(path):
+        return _create(name, str(path))
+    model, tokenizer = _create(name, None, force_quick_gelu=True)  # OpenAI's own files; its models use QuickGELU throughout
+    state = {name: value for name, value in read_tensors(path).items() if name not in ("input_resolution", "context_length", "vocab_size")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"teacher.weights: {path}: does not fit {name}: {' '.join(str(error).split())[:200]}") from error
+    return model, tokenizer
+
+
+def _create(name: str, weights: str | None, *, bpe_path: str | None = None, force_quick_gelu: bool = False) -> tuple[Any, object]:
+    """open_clip's model and tokenizer. Raises UserError for whatever open_clip or a download raises."""
+    import open_clip
+
+    before = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs every step of loading to the root logger
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=force_quick_gelu)
+        return model, open_clip.get_tokenizer(name, **({"bpe_path": bpe_path} if bpe_path else {}))
+    except Exception as error:
+        raise UserError(f"teacher: cannot load {name} with weights {weights}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.getLogger().setLevel(before)
 
 
 def _templates(settings: TeacherSettings, classes: ClassList) -> Sequence[str]:
@@ -164,19 +190,39 @@ def _templates(settings: TeacherSettings, classes: ClassList) -> Sequence[str]:
     return classes.templates
 
 
-def _timm_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
+def _timm_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device) -> Teacher:
     import timm
 
     if not timm.is_model(settings.model):
         raise UserError(f"teacher.model: timm knows no model {settings.model!r}{nearest(settings.model, timm.list_models())}")
     if settings.weights is None:
-        raise UserError("teacher.weights: name a checkpoint file of the timm model")
-    path: Path = find_file(settings.weights, "teacher.weights")
-    model = timm.create_model(settings.model, num_classes=len(classes.names))
-    try:
-        model.load_state_dict(load_weights(path))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}") from error
+        raise UserError("teacher.weights: name a checkpoint file of the timm model, or `pretrained` for timm's own weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(settings.model, num_classes=len(classes.names))
+    if settings.weights == PRETRAINED:
+        _load_timm_pretrained(model, settings.model, len(classes.names))
+    elif settings.weights != RANDOM:
+        path: Path = find_file(settings.weights, "teacher.weights")
+        try:
+            model.load_state_dict(load_weights(path))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}"
+            ) from error
     config = timm.data.resolve_data_config(model=model)
     return Teacher(model, size=config["input_size"][-1], mean=config["mean"], std=config["std"], made_from={"model": settings.model})
+
+
+def _load_timm_pretrained(model: nn.Module, name: str, classes: int) -> None:
+    """timm's own weights, downloaded on first use. Raises UserError for a tag of another number of classes (its head would be random)."""
+    import timm
+
+    config: Any = model.pretrained_cfg
+    if config.get("num_classes") != classes:
+        raise UserError(f"teacher.weights: timm's {name} was trained on {config.get('num_classes')} classes, the class list has {classes}")
+    try:
+        timm.models.load_pretrained(model, pretrained_cfg=config, num_classes=classes)
+    except Exception as error:  # whatever a download raises
+        raise UserError(f"teacher: cannot load timm's weights of {name}: {' '.join(str(error).split())[:300]}") from error

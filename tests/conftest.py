@@ -134,7 +134,7 @@ def recipe_tree(data: Path, clip: Path, vqgan: Path) -> dict[str, object]:
         "teacher": {"kind": "open_clip", "model": f"local-dir:{clip}"},
         "discretizer": {"kind": "vqgan", "weights": str(vqgan), "config": VQGAN_CONFIG},
         "attack": RECIPE_ATTACK,
-        "output": {"image": RECIPE_IMAGE, "codes": True},
+        "output": {"image": RECIPE_IMAGE, "codes": True, "attacked_loss": True},
         "canvas": SIDE,
         "batch": 5,
         "precision": "fp32",

@@ -49,7 +49,9 @@ def launch(work: Work, watch: Watch) -> None:
     """
     names = devices(work.recipe)
     threads = work.recipe.threads or max((os.cpu_count() or 1) // len(names), 1)
-    works = [replace(work, recipe=replace(work.recipe, device=name, threads=threads)) for name in names]
+    codec_threads = work.recipe.codec_threads or min(max((os.cpu_count() or 1) // 2 // len(names), 1), 16)
+    recipes = [replace(work.recipe, device=name, threads=threads, codec_threads=codec_threads) for name in names]
+    works = [replace(work, recipe=recipe) for recipe in recipes]
     slots = {index: _start(works[index], index, len(names), 0) for index in range(len(names))}
     try:
         while slots:

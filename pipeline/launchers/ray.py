@@ -42,7 +42,7 @@ def _run(work: Work, watch: Watch) -> None:
     resources = ray.cluster_resources()
     gpus = 0 if work.recipe.device == "cpu" else int(resources.get("GPU", 0))
     threads = work.recipe.threads or 1
-    count = min(work.recipe.launch.workers or gpus or max(int(resources.get("CPU", 1)) // threads, 1), len(work.todo))
+    count = min(work.recipe.launch.workers or gpus or max(int(resources.get("CPU", 1)) // threads, 1), max(len(work.todo), 1))
     device = {"num_gpus": 1} if gpus else {"num_cpus": threads}
     told = ray.put(replace(work, recipe=replace(work.recipe, threads=threads)))
     actor_class = ray.remote(**device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)

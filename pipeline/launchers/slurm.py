@@ -62,7 +62,7 @@ def launch(work: Work, watch: Watch) -> None:
     Interrupting this cancels the job. When the terminal is lost the job goes on, and the same command joins it.
     Raises UserError when Slurm is not there or refuses the options.
     """
-    count = min(work.recipe.launch.workers or TASKS, len(work.todo))
+    count = min(work.recipe.launch.workers or TASKS, max(len(work.todo), 1))
     FOLDER.mkdir(parents=True, exist_ok=True)
     told = (FOLDER / f"work-{secrets.token_hex(4)}.pickle").resolve()
     told.write_bytes(pickle.dumps(work))

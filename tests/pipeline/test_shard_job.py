@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipeline.attack import attack, draw_noise
 from pipeline.classes import load_classes
-from pipeline.shard_job import prepare, run_shard
+from pipeline.prepare import prepare
+from pipeline.shard_job import run_shard
 from pipeline.sources import plan_source
 
 Members = dict[str, dict[str, bytes]]  # by key, then by extension

@@ -12,7 +12,8 @@ import pytest
 
 from manifests import UserError
 from pipeline.classes import ClassList, load_classes
-from pipeline.sources import MAX_KEY, SourceSample, clean_key, folder_key, plan_source
+from pipeline.sources import MAX_KEY, SourceSample, clean_key, plan_source
+from pipeline.sources.folder import folder_key
 from shards.tar import KEY
 
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())

@@ -1,0 +1,10 @@
+"""Where the labelled images come from: an ImageFolder, WebDataset tars, or Parquet files, local or behind any fsspec URL.
+
+`plan_source` cuts a source into pieces that become shards, from listings, tar headers and Parquet footers alone; `Piece.samples` reads
+one piece. Keys depend on the names in the source, labels on the class list; neither on the order of listing.
+"""
+
+from .plan import SourcePlan, plan_source
+from .sample import MAX_KEY, Piece, SourceSample, clean_key
+
+__all__ = ["MAX_KEY", "Piece", "SourcePlan", "SourceSample", "clean_key", "plan_source"]

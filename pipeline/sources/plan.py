@@ -1,0 +1,63 @@
+"""What a source is and how it is cut: the one place that tells folders, tars and Parquet files apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manifests import Store, UserError
+
+from ..classes import ClassList
+from .folder import plan_folder
+from .parquet import plan_parquet
+from .place import common_extension, expand, list_files
+from .sample import KeyRule, Piece
+from .tars import plan_tars
+
+EXPECTED = "expected WebDataset tars (*.tar), Parquet files (*.parquet), or one sub-folder of images per class"
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """The pieces of a source, in order."""
+
+    kind: str  # "ImageFolder", "WebDataset" or "Parquet"
+    pieces: Sequence[Piece]
+    samples: int
+    exact: bool  # False: counts are estimated from the sizes of the tars
+    fingerprint: str  # of the source's names, and labels or sizes
+
+    def first_samples(self, classes: ClassList, count: int):  # type: ignore[no-untyped-def]
+        """The first ``count`` samples, over as many pieces as it takes."""
+        samples = (sample for piece in self.pieces for sample in piece.samples(classes))
+        return [sample for _, sample in zip(range(count), samples, strict=False)]
+
+
+def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = "name") -> SourcePlan:
+    """Find what a source holds.
+
+    data: a folder (local or URL) of tars, of Parquet files or of class folders; or tars or Parquet files as a list with braces and
+    ``::``; or ``pipe:COMMAND`` for each tar. keys: `recipe.Source.keys`.
+    Raises UserError for a missing or empty source, an unknown class folder, or a key that occurs twice.
+    """
+    urls = expand(data)
+    kind = common_extension(urls)
+    if kind is None and len(urls) > 1:
+        raise UserError(f"source.data: {data}: a list must name tars or Parquet files, all of one kind; it has {urls[0]} and {urls[-1]}")
+    if kind is None:
+        root = urls[0]
+        if not Store(root).exists():
+            raise UserError(f"source.data: {root}: no such file or folder; set DATA=FOLDER (or --set source.data=FOLDER)")
+        kind, urls = next(((kind, found) for kind in ("tar", "parquet") if (found := list_files(root, kind))), (None, [root]))
+    if kind == "tar":
+        pieces, exact, fingerprint = plan_tars(urls, shard_size, keys)
+        samples = sum(piece.count for piece in pieces)
+    elif kind == "parquet":
+        pieces, exact, fingerprint = plan_parquet(urls, classes, shard_size, keys)
+        samples = sum(piece.count for piece in pieces)
+    else:
+        pieces, samples, fingerprint = plan_folder(urls[0], classes, shard_size)
+        exact = True
+    if not samples:
+        raise UserError(f"source.data: {data}: holds no images; {EXPECTED}")
+    return SourcePlan({"tar": "WebDataset", "parquet": "Parquet", None: "ImageFolder"}[kind], pieces, samples, exact, fingerprint)

@@ -1,0 +1,104 @@
+"""What every kind of source yields: samples with a key and a label, in pieces of known place."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from manifests import UserError
+
+from ..classes import ClassList
+
+MAX_KEY = 80  # characters; a tar header holds 100, with the longest extension
+KeyRule = Literal["name", "place"]
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """One image as found: bytes undecoded. ``label`` is None, and ``problem`` says why, when it cannot be used."""
+
+    key: str
+    data: bytes
+    label: int | None
+    problem: str | None = None
+
+
+class Piece(Protocol):
+    """A stretch of the source that becomes one shard. Small, and can be sent to another process."""
+
+    @property
+    def name(self) -> str:
+        """For messages and the record, without the folder that it lies in."""
+
+    @property
+    def count(self) -> int:
+        """Samples; an estimate where the plan is not exact."""
+
+    def samples(self, classes: ClassList) -> Iterator[SourceSample]:
+        """Read the piece, in the order of the source. Raises UserError when its file is missing or damaged."""
+
+
+def clean_key(name: str) -> str:
+    """A key that matches the contract's ``[A-Za-z0-9_-]+``.
+
+    Folders are joined by ``-``. A name with other characters, or a long one, ends in a hash of the whole, so that no two meet.
+    """
+    joined = name.replace("/", "-")
+    key = re.sub(r"[^A-Za-z0-9_-]", "-", joined)
+    if key != joined or not 0 < len(key) <= MAX_KEY:
+        key = f"{key[: MAX_KEY - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return key
+
+
+def place_key(file: str, index: int) -> str:
+    """Key of the ``index``-th sample of a file, for sources whose own names repeat."""
+    return clean_key(f"{file.partition('.')[0]}-{index:06d}")
+
+
+def check_label(value: object, classes: ClassList) -> tuple[int | None, str | None]:
+    """A label as found (text, number or None) as (index into the class list, None), or (None, what is wrong with it)."""
+    if value is None:
+        return None, "no label (KEY.cls)"
+    try:
+        label = int(value.decode("ascii").strip()) if isinstance(value, bytes) else int(value)  # type: ignore[call-overload]
+    except (ValueError, TypeError):
+        return None, f"label {value[:20] if isinstance(value, bytes) else value!r} is not an integer"
+    if not 0 <= label < len(classes.names):
+        return None, f"label {label} is outside the class list (0 to {len(classes.names) - 1})"
+    return label, None
+
+
+class Fingerprint:
+    """Of a source: sees every entry once, in order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, *entry: object) -> None:
+        self._digest.update(f"{entry}\n".encode())
+
+    def value(self) -> str:
+        """First 16 hex digits of the sha256."""
+        return self._digest.hexdigest()[:16]
+
+
+def key_hashes(keys: Iterable[str]) -> np.ndarray:
+    """8 bytes a key, to find repeated ones by: uint64 [N]."""
+    return np.fromiter((int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys), np.uint64)
+
+
+def refuse_repeated(hashes: np.ndarray, describe: Callable[[int], tuple[str, str]]) -> None:
+    """Raises UserError when a hash occurs twice; ``describe(i)`` gives the key of entry i and where it stands."""
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][np.diff(hashes[order]) == 0]
+    if len(again):
+        key, where = describe(int(again.min()))
+        raise UserError(
+            f"{where}: key {key!r} occurs twice in the source; rename one (files that differ in their ending only count "
+            "as one), or --set source.keys=place to name samples by file and number"
+        )

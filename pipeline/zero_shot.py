@@ -1,0 +1,63 @@
+"""The zero-shot head: class names and prompt templates as the weights of a linear classifier, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import nn
+
+from manifests import Store
+from manifests.progress import progress
+from manifests.recipe import fingerprint
+
+WORTH_KEEPING = 5000  # prompts; fewer are embedded anew every time
+
+
+def zero_shot_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """Mean text embedding of each class over all templates, as unit vectors: [D, classes] (Radford et al., 2021, sec. 3.1.4)."""
+    device = next(model.parameters()).device
+    columns = []
+    with (
+        torch.no_grad(),
+        progress(len(classes), "embedding class names", "class", hidden=len(classes) * len(templates) < WORTH_KEEPING) as bar,
+    ):
+        for name in classes:
+            tokens = tokenizer([template.format(name) for template in templates]).to(device)
+            embedded = F.normalize(model.encode_text(tokens).float(), dim=1).mean(0)  # type: ignore[operator]
+            columns.append(F.normalize(embedded, dim=0))
+            bar.update()
+    return torch.stack(columns, dim=1)
+
+
+def cached_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], vocabulary: str | None) -> torch.Tensor:
+    """`zero_shot_head`, kept in the user's cache folder (XDG_CACHE_HOME) by a fingerprint of weights, names, templates and vocabulary.
+
+    vocabulary: fingerprint of the tokenizer's own file, None for open_clip's.
+    """
+    if len(classes) * len(templates) < WORTH_KEEPING:
+        return zero_shot_head(model, tokenizer, classes, templates).cpu()
+    path = cache_folder() / f"{fingerprint([_text_weights(model), list(classes), list(templates), vocabulary])}.safetensors"
+    if not path.exists():
+        head = zero_shot_head(model, tokenizer, classes, templates).cpu()
+        Store(path.parent).write(path.name, save({"head": head.contiguous()}))
+    return load_file(path)["head"]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "discrete-adversarial-distillation" / "heads"
+
+
+def _text_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith("visual."):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
