@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import pydantic
 
 from .errors import UserError
 from .recipe import fingerprint
-from .rows import PartRecord, TarRecord, decode_part, decode_table, encode_table
+from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_table
 from .store import Store
 
 MANIFEST = "manifest.parquet"
@@ -137,10 +137,10 @@ class RunDir:
             return f"{where}: its sha256 is not the one in the manifest (altered or damaged)"
         return None
 
-    def part(self, shard: int, run: str | None = None) -> tuple[pa.Table, PartRecord]:
+    def part(self, shard: int, run: str | None = None, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, PartRecord]:
         """Rows and record of a shard. Raises FileNotFoundError, and UserError for a part that is damaged or not of this shard and run."""
         where = self.store.where(part_name(shard))
-        rows, record = decode_part(self.store.read(part_name(shard)), where)
+        rows, record = decode_part(self.store.read(part_name(shard)), where, columns)
         if run is not None and (record.shard, record.run) != (shard, run):
             raise UserError(f"{where}: belongs to another run or shard (shard {record.shard}, run {record.run})")
         return rows, record

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -27,7 +28,7 @@ from .errors import Unwritable, UserError
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
-_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp$")
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
 T = TypeVar("T")
 HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
@@ -230,7 +231,7 @@ def _open(url: str, _pid: int) -> tuple[Any, str]:
 def _write_local(path: Path, data: bytes, place: Callable[[Path, Path], bool | None]) -> bool:
     """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and what is there stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -81,7 +81,7 @@ class Survey:
 
     def _read_part(self, shard: int, run: str) -> tuple[PartRecord, Counter[str]] | str:
         try:
-            rows, record = self._run.part(shard, run)
+            rows, record = self._run.part(shard, run, ("status",))
         except (UserError, FileNotFoundError) as error:
             return str(error)
         return record, Counter(rows.column("status").to_pylist())

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.generate import make_shards
 from pipeline.launchers.local import devices
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
+from pipeline.worker import Work, unfinished
 from shards import ShardDataset
 
 Digests = Callable[[Path], dict[str, str]]
@@ -148,8 +150,24 @@ def test_a_broken_worker_does_not_eat_every_shard(world, tmp_path: Path) -> None
     assert not list(claims_of(out))
 
 
-def test_a_shard_that_kills_its_workers(world, finished_run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Claims of dead workers count as failed tries: such a shard is given up in the end, and the others are made."""
+def test_another_writer_comes_late(world, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """After shard 1 was committed, a worker of another kind of machine puts its own tar in place: noticed before sealing, made anew."""
+    out, other = tmp_path / "run", tmp_path / "other.tar"
+    other.write_bytes((finished_run / "dad" / "dad-000002.tar").read_bytes())
+
+    def interfere() -> None:
+        wait_for((out / "manifest" / "part-000001.parquet").exists)
+        other.rename(out / "dad" / "dad-000001.tar")
+
+    thread = threading.Thread(target=interfere)
+    thread.start()
+    make_shards(world.load(), str(out))
+    thread.join()
+    assert not other.exists() and run_digests(out) == run_digests(finished_run) and list(problems(str(out))) == []
+
+
+def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Claims of dead workers count as failed tries: such a shard is given up in the end, with that reason."""
     out = tmp_path / "run"
     store = RunDir(out).store
     claims = Claims(store)
@@ -161,6 +179,9 @@ def test_a_shard_that_kills_its_workers(world, finished_run: Path, tmp_path: Pat
     assert claims.take_over(1)
     failure = read_failure(store, 1)
     assert failure is not None and failure.tries == 3 and "died or fell silent" in failure.reason
+    work = Work(recipe=world.load(), out=str(out), run="", todo=(0, 1, 2), pieces=())
+    left, given_up = unfinished(work, RunDir(out))
+    assert left == [0, 2] and list(given_up) == [1]
 
 
 def test_devices(world) -> None:  # type: ignore[no-untyped-def]
