@@ -15,6 +15,7 @@ from manifests import UserError
 from manifests.devices import choose_device, use_bf16
 
 from .classes import ClassList
+from .diffusion import load_diffusion
 from .discretizer import load_discretizer
 from .recipe import Discretizer, Recipe
 from .teacher import Teacher, load_teacher, weights_fingerprint
@@ -94,6 +95,8 @@ def join(teacher: Teacher, discretizer: nn.Module, recipe: Recipe, device: torch
 
 def build_discretizer(settings: Discretizer) -> nn.Module:
     """The discretizer of a recipe, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    if settings.kind == "diffusion":
+        return load_diffusion(settings.diffusion, settings.weights)
     return load_discretizer(settings.config, settings.weights, settings.kind)
 
 

@@ -12,6 +12,7 @@ from manifests import Execution, Location, UserError, load_recipe, recipe_datacl
 from shards import ImageFormat
 
 from .attack import AttackSettings
+from .diffusion import DiffusionConfig
 from .discretizer import NamedConfig, VQGANConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -52,14 +53,16 @@ class Teacher:
 
 @recipe_dataclass
 class Discretizer:
-    """The VQGAN that turns images into codes and back."""
+    """The VQGAN that turns images into codes and back, or what stands in its place."""
 
-    kind: Literal["vqgan", "identity"] = "vqgan"
-    """identity: no discretization, plain adversarial examples."""
+    kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
+    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion, image to image (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
     """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one of others), or `random`."""
     config: NamedConfig = VQGANConfig()
     """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
 
 @recipe_dataclass
