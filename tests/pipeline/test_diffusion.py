@@ -89,7 +89,7 @@ def test_a_run_with_it(folder: Path, world, tmp_path: Path) -> None:  # type: ig
 
 
 def test_less_than_one_step(folder: Path) -> None:
-    with pytest.raises(UserError, match="strength 0.3 of 2 inference_steps is less than one step"):
+    with pytest.raises(UserError, match=r"strength 0\.3 of 2 inference_steps is less than one step"):
         load_diffusion(DiffusionConfig(inference_steps=2), str(folder))
 
 
