@@ -49,6 +49,19 @@ def generate(
 
 
 @main.command()
+@recipe_option
+@data_option
+@click.option("--out", default="data/demo", show_default=True, metavar="DIR|URL", help="Where the run would go.")
+@set_option
+def plan(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) -> None:
+    """Say what a run would take: images, work, hours on this device, bytes; and what is missing, with the fix. Writes nothing."""
+    settings = load(recipe, [*as_overrides({"source.data": data}), *overrides])
+    from .forecast import forecast, show
+
+    show(forecast(settings, out))
+
+
+@main.command()
 @out_argument
 @click.option("--content", is_flag=True, help="Compare checksums too, not only sizes.")
 @click.option("--watch", is_flag=True, help="Print again every 10 seconds until it is sealed.")

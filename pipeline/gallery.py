@@ -15,8 +15,8 @@ from shards.codec import to_float, to_uint8
 from .attack import attack, draw_noise
 from .classes import ClassList
 from .models import Models
-from .recipe import Recipe
 from .prepare import prepare
+from .recipe import Recipe
 from .sources import Piece
 
 GALLERY = "gallery.png"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import click
 import torch
@@ -14,8 +15,9 @@ from manifests import UserError
 from manifests.devices import choose_device, use_bf16
 
 from .classes import ClassList
+from .diffusion import load_diffusion
 from .discretizer import load_discretizer
-from .recipe import Recipe
+from .recipe import Discretizer, Recipe
 from .teacher import Teacher, load_teacher, weights_fingerprint
 
 
@@ -27,17 +29,20 @@ class Models:
     discretizer_model: nn.Module
     device: torch.device
     bf16: bool
+    compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # teacher and discretizer through torch.compile
 
     def teacher(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, classes] float32."""
         with self._precision():
-            logits: torch.Tensor = self.teacher_model(_channels_last(images))
+            run = self.compiled[0] if self.compiled else self.teacher_model
+            logits: torch.Tensor = run(_channels_last(images))
             return logits
 
     def discretizer(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Q: (discretized images float32 in [0, 1], codes [B, h, w])."""
         with self._precision():
-            discrete, codes = self.discretizer_model(_channels_last(images))
+            run = self.compiled[1] if self.compiled else self.discretizer_model
+            discrete, codes = run(_channels_last(images))
             return discrete.float(), codes
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -68,18 +73,38 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
     device = choose_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    return join(load_teacher(recipe.teacher, classes, device), build_discretizer(recipe.discretizer), recipe, device)
+
+
+def join(teacher: Teacher, discretizer: nn.Module, recipe: Recipe, device: torch.device) -> Models:
+    """Both models on the device, as the recipe wants them. Raises UserError for a canvas or code that the VQGAN does not fit."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and events belong to the present device
     if recipe.precision == "bf16" and not use_bf16("auto", device):
         click.echo(f"note: {device} has no bf16 in hardware; --set precision=fp32 may be faster", err=True)
-    teacher = load_teacher(recipe.teacher, classes, device)
     settings = recipe.discretizer
-    discretizer = load_discretizer(settings.config, settings.weights, settings.kind).to(device)
     if settings.kind == "vqgan" and recipe.canvas % settings.config.downsampling:
         raise UserError(f"canvas: {recipe.canvas} is not a multiple of the VQGAN's {settings.config.downsampling} pixels per code")
     if recipe.output.codes and settings.kind == "vqgan" and settings.config.n_embed > 65536:
         raise UserError(f"output.codes: {settings.config.n_embed} codes do not fit the uint16 of KEY.codes.npy; set it to false")
-    teacher.to(memory_format=torch.channels_last)
-    discretizer.to(memory_format=torch.channels_last)
-    return Models(teacher, discretizer, device, recipe.precision == "bf16")
+    teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    discretizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    models = Models(teacher, discretizer, device, recipe.precision == "bf16")
+    return compile_models(models) if recipe.compile else models
+
+
+def build_discretizer(settings: Discretizer) -> nn.Module:
+    """The discretizer of a recipe, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    if settings.kind == "diffusion":
+        return load_diffusion(settings.diffusion, settings.weights)
+    return load_discretizer(settings.config, settings.weights, settings.kind)
+
+
+def compile_models(models: Models) -> Models:
+    """The same models through torch.compile: element-wise work is fused, which a VQGAN at full resolution is full of."""
+    if models.device.type == "cuda":
+        models.teacher_model.requires_grad_(False)  # a compiled backward would compute the weights' gradients too
+    return replace(models, compiled=(torch.compile(models.teacher_model), torch.compile(models.discretizer_model)))
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class Prefetch(Generic[T], Iterator[T]):
                     return
             self.exhausted = True
             self._put((None, None, True))
-        except BaseException as error:  # noqa: BLE001  it is raised where the items are taken
+        except BaseException as error:
             self.exhausted = True
             self._put((None, error, True))
 

@@ -12,6 +12,7 @@ from manifests import Execution, Location, UserError, load_recipe, recipe_datacl
 from shards import ImageFormat
 
 from .attack import AttackSettings
+from .diffusion import DiffusionConfig
 from .discretizer import NamedConfig, VQGANConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -44,21 +45,24 @@ class Teacher:
     model: Annotated[str, Location]
     """open_clip: a model name, or `local-dir:FOLDER` (open_clip_config.json, weights, optional bpe.txt.gz). timm: a model name."""
     weights: Annotated[str | None, Location] = None
-    """A checkpoint file, or for open_clip a pretrained tag such as `openai`. None for `local-dir:` models."""
+    """A checkpoint file (OpenAI's own archives are known as such; other files of its weights need a `…-quickgelu` model), a
+    pretrained tag of open_clip such as `openai`, `pretrained` for timm's own, or `random` to try out and measure. None for `local-dir:`."""
     templates: Annotated[str | None, Location] = None
     """YAML file with `templates`, or `openai` for the 80 ImageNet templates. None: those of `source.classes`."""
 
 
 @recipe_dataclass
 class Discretizer:
-    """The VQGAN that turns images into codes and back."""
+    """The VQGAN that turns images into codes and back, or what stands in its place."""
 
-    kind: Literal["vqgan", "identity"] = "vqgan"
-    """identity: no discretization, plain adversarial examples."""
+    kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
+    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion, image to image (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
-    """Checkpoint in taming's layout (safetensors, or a torch file of tensors)."""
+    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one of others), or `random`."""
     config: NamedConfig = VQGANConfig()
     """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
 
 @recipe_dataclass
@@ -101,8 +105,9 @@ class Recipe:
     output: Output = Output()
     canvas: Annotated[int, Field(ge=16)] = 224
     """Side of the square images, in pixels: shorter side resized to it, then centre-cropped."""
-    batch: Annotated[int, Field(ge=1)] = 64
-    """Images per model call. Part of the result's identity: floating point sums depend on it."""
+    batch: Annotated[int, Field(ge=0)] = 64
+    """Images per model call. 0: found by itself when the run begins, the smallest that is about as fast as any. Part of the
+    result's identity: floating point sums depend on it."""
     compile: bool = False
     """torch.compile for both models: fewer passes over memory, minutes of warm-up. Changes the last bits of the result."""
     precision: Literal["bf16", "fp32"] = "bf16"

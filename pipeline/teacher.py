@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from manifests import UserError, find_file, load_weights
-from manifests.recipe import nearest
 from manifests.archive import is_torchscript, read_tensors
+from manifests.recipe import nearest
 from manifests.weights import files_fingerprint
 
 from .classes import ClassList, load_templates
@@ -147,8 +147,10 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
         raise UserError(f"teacher.model: open_clip knows no model {name!r}{nearest(name, open_clip.list_models())}")
     if weights is None:
         raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
-    if weights == RANDOM or weights in open_clip.list_pretrained_tags_by_model(name):
-        return _create(name, None if weights == RANDOM else weights)
+    if weights == RANDOM:
+        return _create(name, None)
+    if weights in open_clip.list_pretrained_tags_by_model(name):  # open_clip itself would only warn of the wrong activation
+        return _create(name, weights, force_quick_gelu=bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu")))
     path = find_file(weights, "teacher.weights")
     if not is_torchscript(path):
         return _create(name, str(path))

@@ -1,0 +1,65 @@
+"""The batch size found by itself: the smallest that is about as fast as any that fits the device's memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import click
+import torch
+
+from manifests import RunDir, UserError
+from manifests.rundir import RUN
+
+from .measure import TrialBatch, bare_calls, timed
+from .models import Models
+from .recipe import Recipe
+
+ON_CPU = 16  # there, images/s hardly depends on it, and memory does
+LARGEST = 1024
+WORTH_IT = 1.03  # a larger batch must be this much faster
+
+
+def resolve_batch(recipe: Recipe, models: Models, out: RunDir) -> Recipe:
+    """A recipe whose ``batch`` is a number: its own, that of the run already in ``out``, or the one found here.
+
+    Raises UserError when not even one image fits.
+    """
+    if recipe.batch:
+        return recipe
+    if out.store.exists(RUN):
+        return replace(recipe, batch=int(out.info().recipe["batch"]))
+    batch = find_batch(recipe, models)
+    click.echo(f"batch: {batch} images per model call", err=True)
+    return replace(recipe, batch=batch)
+
+
+def find_batch(recipe: Recipe, models: Models) -> int:
+    """Double the batch while it fits and pays. Raises UserError when not even one image fits."""
+    if models.device.type != "cuda":
+        return ON_CPU
+    best, best_speed, batch = 0, 0.0, 1
+    while batch <= LARGEST:
+        speed = images_per_second(recipe, models, batch)
+        if speed is None:
+            break
+        if speed > WORTH_IT * best_speed:
+            best, best_speed = batch, speed
+        batch *= 2
+    if not best:
+        raise UserError(f"device: {models.device}: not even one image of {recipe.canvas} pixels fits its memory beside the models")
+    return best
+
+
+def images_per_second(recipe: Recipe, models: Models, batch: int, repeats: int = 2) -> float | None:
+    """Speed of the model calls alone, on made-up images; None when the device's memory is too small."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (batch, 3, recipe.canvas, recipe.canvas), dtype=torch.uint8, generator=generator)
+    try:
+        trial = TrialBatch.of(pixels, recipe, models)
+        bare_calls(trial, recipe, models)  # warm-up
+        return batch / min(timed(lambda: bare_calls(trial, recipe, models), models.device) for _ in range(repeats))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if models.device.type == "cuda":
+            torch.cuda.empty_cache()
