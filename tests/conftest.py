@@ -57,6 +57,12 @@ class World:
         return load(str(self.recipe), overrides)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes and fetched tars of the tests do not land in the user's cache folder."""
+    os.environ["DAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _keep_signals() -> Iterator[None]:
     """The command line installs a SIGTERM handler; a test must not leave it behind."""
