@@ -172,13 +172,13 @@ class _EpochBatches(Dataset[Any]):
                 pixels, soft = replay(pixels, sample.views[view], sample.where), soft[view]
             if self.transform is not None:
                 generator = seeded_generator(reader.seed, self.epoch, stream, sample.key)
-                image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1)[None], generator)[0]
+                image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1)[None], generator)
+                pixels = image[0].permute(1, 2, 0).numpy()
             keys.append(sample.key)
             labels.append(sample.label)
             logits.append(soft)
-            images.append(pixels if self.transform is None else image)
-        # Unchanged pixels stay in the order they were decoded in: the batch is channels_last, and no copy but this one is made.
-        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if self.transform is None else torch.stack(images)
+            images.append(pixels)
+        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # channels_last: pixels stay in the order they were decoded in
         return Half(keys=keys, images=stacked, labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
 
 
