@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from manifests import UserError
-from shards import TrainingReader
+from shards import Batch, TrainingReader
 from trainer.checkpoint import BEST, LAST, StudentDir
-from trainer.loop import train, train_step
+from trainer.loop import train
+from trainer.metrics import Meter
 from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
+from trainer.step import Losses, train_step
 from trainer.student import create_student
 
 from .conftest import CLASSES, SIDE, write_image_set, write_run
@@ -46,23 +48,28 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def step_once(student: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, settings: Recipe, totals: dict[str, int]) -> Losses:
+    return train_step(student, optimizer, batch, settings, totals=totals, rate=0.1, step=0, device=torch.device("cpu"), bf16=False)
+
+
 def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
     """The step's new weights equal those of SGD on the pure loss function."""
     settings = recipe(tiny_run, "optimizer.name=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.clip=null")
-    batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
+    reader = TrainingReader(str(tiny_run), batch_size=8)
+    batch = next(iter(reader.batches(0)))
     students = []
     for _ in range(2):
         torch.manual_seed(0)
         students.append(create_student(STUDENT, CLASSES, SIDE).train())
     optimizer = torch.optim.SGD(students[0].parameters(), lr=0.1)
-    values = train_step(students[0], optimizer, batch, settings, 0.1, torch.device("cpu"), bf16=False, step=0)
+    values = step_once(students[0], optimizer, batch, settings, reader.sizes)
 
     clean, dad = batch["clean"], batch["dad"]
     logits = students[1](torch.cat([clean.images, dad.images]).float() / 255)
     outputs = logits.split([len(clean.images), len(dad.images)])
     loss, _ = student_loss("dad", clean.labels, outputs, [clean.logits.float(), dad.logits.float()], temperature=4.0, weight=0.5)
     loss.backward()
-    assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, theirs in zip(students[0].parameters(), students[1].parameters(), strict=True):
         assert theirs.grad is not None
         torch.testing.assert_close(mine, theirs - 0.1 * theirs.grad)
@@ -169,13 +176,28 @@ def test_label_outside_the_class_list_is_named(tiny_run: Path, tmp_path: Path) -
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_keys(tiny_run: Path) -> None:
-    batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
-    batch["dad"].logits[0, 0] = float("nan")
+def test_a_loss_that_is_not_finite_is_found_when_read_and_named(tiny_run: Path) -> None:
+    """The step itself does not wait for the device: the meter finds the first bad step among those since it was last read."""
+    reader = TrainingReader(str(tiny_run), batch_size=8)
+    batches = list(reader.batches(0))[:3]
+    batches[1]["dad"].logits[0, 0] = float("nan")
     student = create_student(STUDENT, CLASSES, SIDE)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    with pytest.raises(UserError, match=batch["dad"].keys[0]):
-        train_step(student, optimizer, batch, recipe(tiny_run), 0.1, torch.device("cpu"), bf16=False, step=3)
+    meter = Meter()
+    for step, batch in enumerate(batches):
+        meter.add(step, step_once(student, optimizer, batch, recipe(tiny_run), reader.sizes), batch)
+    with pytest.raises(UserError, match=f"became nan at step 1; .*{batches[1]['dad'].keys[0]}"):
+        meter.read()
+
+
+def test_spoiled_weights_are_never_saved(tiny_run: Path, tmp_path: Path) -> None:
+    """A learning rate that blows up: training stops by name, and what it left on disk is finite."""
+    settings = recipe(tiny_run, "optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip=null", "optimizer.warmup=0", "ema=0")
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+; lower optimizer.lr"):
+        train(settings, str(tmp_path / "student"))
+    state = StudentDir(tmp_path / "student").load_last()
+    assert state is None or all(torch.isfinite(value.float()).all() for value in state["student"].values())
+    assert not (tmp_path / "student" / BEST).exists()
 
 
 def test_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
