@@ -49,7 +49,7 @@ def create_student(
     if fixed_size(name):
         options["img_size"] = side
     if pretrained is not None:
-        name, weights = _pretrained(name, pretrained)
+        name, weights = _pretrained(name, pretrained, options)
         options |= weights
     try:
         model = timm.create_model(name, **options)
@@ -67,15 +67,18 @@ def fixed_size(name: str) -> bool:
     return config is not None and bool(config.fixed_input_size)
 
 
-def _pretrained(name: str, pretrained: str) -> tuple[str, dict[str, Any]]:
-    """The model's name and timm's options for these weights."""
+def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model's name and timm's options for these weights; a file must hold every weight but the head's."""
     path = Path(pretrained).expanduser()
     if path.is_file():
         weights = load_weights(path)
-        overlay: dict[str, Any] = {"state_dict": weights, "custom_load": False, "label_offset": 0}
-        classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
-        if isinstance(classifier, str) and f"{classifier}.weight" in weights:
-            overlay["num_classes"] = len(weights[f"{classifier}.weight"])  # timm leaves the head out where this is not ours
+        fresh = timm.create_model(name, **options)
+        heads = fresh.pretrained_cfg.get("classifier") or ()
+        for key, value in fresh.state_dict().items():
+            is_head = key.rpartition(".")[0] in ((heads,) if isinstance(heads, str) else heads)
+            if is_head and (key not in weights or weights[key].shape != value.shape):
+                weights[key] = value  # of other classes; timm would leave it out too, but then no longer say what else is missing
+        overlay = {"state_dict": weights, "custom_load": False, "label_offset": 0, "num_classes": options["num_classes"]}
         return name, {"pretrained": True, "pretrained_cfg_overlay": overlay}
     architecture = name.split(".")[0]
     tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]

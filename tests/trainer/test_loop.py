@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from manifests import UserError
+from manifests.progress import progress
 from shards import Batch, TrainingReader
 from trainer.checkpoint import BEST, LAST, StudentDir
-from trainer.loop import train
-from trainer.metrics import Meter
+from trainer.loop import end_epoch, prepare, train, train_epoch
+from trainer.metrics import Log, Meter
 from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
 from trainer.step import Losses, train_step
@@ -86,7 +87,8 @@ def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of an epoch, three times, each time going on from the last checkpoint."""
-    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4"]
+    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4", "accumulate=2", "drop_path=0.2", "loss.smoothing=0.1"]
+    settings += ["augmentation.mixup=0.4", "augmentation.cutmix=1", "augmentation.randaugment=1", "augmentation.erase=0.3"]
     train(recipe(tiny_run, *settings), str(tmp_path / "whole"))
     command = [sys.executable, "-m", "trainer", "train", "--out", str(tmp_path / "killed")]
     base = [f"shards={tiny_run}", f"student={STUDENT}", "validation=null", "precision=fp32", "threads=1", *settings]
@@ -111,7 +113,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: P
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     assert load_file(tmp_path / "whole" / BEST).keys() == load_file(tmp_path / "killed" / BEST).keys()
     rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "killed")]
-    without_time = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]
+    without_time = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]  # the last column is seconds
     assert without_time[0] == without_time[1]
 
 
@@ -226,3 +228,44 @@ def test_validation_set_of_another_class_list_is_refused_before_the_first_step(t
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
     with pytest.raises(UserError, match="no image set here"):
         train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))
+
+
+@pytest.mark.parametrize(
+    "change", ["forward=separate", "ema=0", "sync_bn=true", "optimizer.name=lamb", "input=48", "optimizer.layer_decay=0.7"]
+)
+def test_options_train_and_resume_to_the_bit(tiny_run: Path, tmp_path: Path, change: str) -> None:
+    """Two epochs at once, or one epoch, its checkpoint, and the other."""
+    whole, halved = recipe(tiny_run, change), tmp_path / "halved"
+    train(whole, str(tmp_path / "whole"))
+    run = prepare(whole, str(halved))
+    log = Log(halved, whole, 0)
+    with progress(run.total, "first epoch", "step") as bar:
+        train_epoch(run, log, bar)
+        end_epoch(run, log)
+    log.close()
+    train(whole, str(halved))
+    left, right = (StudentDir(folder).load_last() for folder in (tmp_path / "whole", halved))
+    assert left is not None and right is not None
+    assert all(torch.equal(left["student"][name], right["student"][name]) for name in left["student"])
+
+
+def test_a_run_says_what_it_cost(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """51 clean and 33 DAD images, batches of 8: 6 steps of 8 + 5, so 1.62 times plain training; two epochs see 156 images."""
+    train(recipe(tiny_run), str(tmp_path / "student"))
+    told = capsys.readouterr().out
+    assert "8 clean + 5 dad images a step, 1.62 times those of plain training" in told
+    assert "what it cost: 156 images, 1.62 times those of plain training" in told and "images/s" in told
+    assert (tmp_path / "student" / "metrics.csv").read_text().splitlines()[-1].split(",")[-2] == "156"
+
+
+def test_more_parts_than_samples_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="accumulate: 6 parts"):
+        train(recipe(tiny_run, "accumulate=6"), str(tmp_path / "student"))
+
+
+def test_wandb_logs_offline(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an account or a network: the run lies on disk, and training does not depend on it."""
+    pytest.importorskip("wandb", reason="needs pip install '.[wandb]'")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(recipe(tiny_run, "wandb=some-project", "epochs=1"), str(tmp_path / "student"))
+    assert list((tmp_path / "student").rglob("*.wandb"))
