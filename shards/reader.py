@@ -87,16 +87,24 @@ class TrainingReader:
                 "raise cache_gb, or lower window"
             )
 
+    @property
+    def views(self) -> int:
+        """Views of an image that have soft labels of their own. 1: the whole image, as stored."""
+        for dataset in self.datasets.values():
+            if (views := dataset.read(0).views) is not None:
+                return len(views)
+        return 1
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plans": {}}  # a loader worker that is not forked plans anew: faster than being sent a plan
 
     def check(self, *, content: bool = True) -> None:
         """Make sure that every tar is whole before the first step. Raises UserError naming the file.
 
-        Tars of a remote run are compared one by one as they are fetched; here only their sizes are.
+        Every rank reads its share of them. Tars of a remote run are compared as they are fetched; here only their sizes are.
         """
         for dataset in self.datasets.values():
-            dataset.check(content=content and dataset.cache is None)
+            dataset.check(content=content and dataset.cache is None, part=self.rank, parts=self.world)
 
     def indices(self, stream: str, epoch: int, step: int) -> np.ndarray:
         """Which samples of a stream this rank reads in global batch ``step``."""

@@ -44,12 +44,15 @@ def train(
     out: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train a student, or go on with one that was interrupted."""
-    named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
-    settings = load(recipe, [*as_overrides(named), *overrides])
-    from .loop import train as run  # not at the top: --help need not wait for timm
+    """Train a student, or go on with one that was interrupted. On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun."""
+    from .distributed import joined  # not at the top: --help need not wait for torch
 
-    run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
+    with joined():
+        named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
+        settings = load(recipe, [*as_overrides(named), *overrides])
+        from .loop import train as run
+
+        run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
 
 
 @main.command("eval")

@@ -18,6 +18,7 @@ from manifests.devices import choose_device, use_bf16
 from manifests.progress import progress
 from shards import TrainingReader
 
+from . import distributed
 from .augmentation import Augment
 from .checkpoint import BEST, LAST, METRICS, Progress, StudentDir, describe
 from .evaluate import check_set, score_set
@@ -71,15 +72,18 @@ def train(recipe: Recipe, out: str) -> StudentDir:
     Raises UserError for an unknown student, shards that are missing or damaged, or a directory that holds another run.
     """
     run = prepare(recipe, out)
+    quiet = not distributed.is_first()
     if run.at.epoch < recipe.epochs:
-        click.echo(_opening(run))
+        if not quiet:
+            click.echo(_opening(run))
         log = Log(run.directory.path, recipe, run.now)
-        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now) as bar:
+        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, quiet=quiet) as bar:
             while run.at.epoch < recipe.epochs:
                 train_epoch(run, log, bar)
                 end_epoch(run, log)
         log.close()
-    click.echo(_closing(run))
+    if not quiet:
+        click.echo(_closing(run))
     return run.directory
 
 
@@ -87,11 +91,25 @@ def prepare(recipe: Recipe, out: str) -> Training:
     """Load everything, check it, and go to where the last checkpoint was."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device = choose_device(recipe.device)
+    device = distributed.start(choose_device(recipe.device))
     reader = TrainingReader(
-        recipe.shards, batch_size=recipe.batch, streams=STREAMS[recipe.loss.objective], seed=recipe.seed, window=recipe.window
+        recipe.shards,
+        batch_size=recipe.batch,
+        streams=STREAMS[recipe.loss.objective],
+        seed=recipe.seed,
+        window=recipe.window,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        images=recipe.images,
+        temperature=recipe.loss.temperature,
+        cache_gb=recipe.cache_gb,
     )
-    if recipe.accumulate > min(reader.sizes.values()):
+    if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
+        raise UserError(
+            f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
+            "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
+        )
+    if recipe.accumulate > min(reader.sizes.values()) // distributed.world():
         raise UserError(
             f"accumulate: {recipe.accumulate} parts of a batch of {reader.sizes}; some would be empty: lower it, or raise batch"
         )
@@ -113,9 +131,12 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if recipe.validation is not None:
         check_set(Path(recipe.validation), reader.classes)
     directory = StudentDir(out)
-    directory.claim(describe(recipe, student, reader.classes, side, info.fingerprint))
+    if distributed.is_first():
+        directory.claim(describe(recipe, student, reader.classes, side, info.fingerprint))
+    distributed.agree(True)  # nobody reads a checkpoint before it is known to be of this run
     if recipe.check_shards:
         reader.check()
+    forward = distributed.replicate(student, device)
     run = Training(
         recipe=recipe,
         directory=directory,
@@ -124,12 +145,14 @@ def prepare(recipe: Recipe, out: str) -> Training:
         device=device,
         bf16=use_bf16(recipe.precision, device),
         student=student,
-        forward=torch.compile(student) if recipe.compile else student,
+        forward=torch.compile(forward) if recipe.compile else forward,
         average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
         optimizer=optimizer,
         at=Progress(),
     )
     resume(run)
+    if len(set(distributed.gather((run.at.epoch, run.at.step)))) > 1:
+        raise UserError(f"{out}: the processes find different checkpoints here; --out must be on a disk that all machines share")
     return run
 
 
@@ -161,14 +184,18 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
         at.step += 1
         at.images += sum(reader.sizes.values())
         at.waited += waited
-        due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes or at.step == reader.steps
-        if due or step % LOG_EVERY == 0:
+        last, logs = at.step == reader.steps, step % LOG_EVERY == 0
+        due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
+        if distributed.world() > 1:  # whether a checkpoint is due, all ranks must see alike, and asking costs time
+            due = logs and distributed.agree(due)
+        due = due or last
+        if due or logs:
             _record(at, meter, log, bar)
-            if step % LOG_EVERY == 0:
+            if logs:
                 log.write({"lr": rate}, step)
             now = time.monotonic()
             at.seconds, clock = at.seconds + now - clock, now
-        if due and at.step < reader.steps:
+        if due and not last:
             save(run)
             saved = time.monotonic()
         bar.update()
@@ -180,21 +207,25 @@ def end_epoch(run: Training, log: Log) -> None:
     row: dict[str, float] = {"epoch": at.epoch} | {name: total / run.reader.steps for name, total in at.sums.items()}
     better = True
     if recipe.validation is not None:
+        distributed.share_buffers(run.result)
         score = score_set(run.result, Path(recipe.validation), len(run.reader.classes), run.side, run.device, bf16=run.bf16)
         row["val_top1"] = score.top1
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
         log.write({"val_top1": score.top1}, run.now)
-    if better:
+    if better and distributed.is_first():
         run.directory.save_best(run.result)
     at.rows.append(row | {"images": at.images, "seconds": at.seconds})
     at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
-    run.directory.store.write(METRICS, to_csv(at.rows).encode())
+    if distributed.is_first():
+        run.directory.store.write(METRICS, to_csv(at.rows).encode())
     save(run)
 
 
 def save(run: Training) -> None:
-    """Write the checkpoint: everything that going on to the bit needs."""
+    """Write the checkpoint: everything that going on to the bit needs. Of several processes the first one writes."""
+    if not distributed.is_first():
+        return
     state = {"student": run.student.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": vars(run.at).copy()}
     if run.average is not None:
         state["average"] = run.average.module.state_dict()

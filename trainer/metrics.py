@@ -17,6 +17,7 @@ from manifests import UserError
 from manifests.recipe import as_tree, fingerprint
 from shards import Batch
 
+from .distributed import gather, is_first, sum_over_ranks
 from .recipe import Recipe
 
 
@@ -38,11 +39,13 @@ class Meter:
         if not self._pending:
             return []
         pending, self._pending = self._pending, []
-        values = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in pending]).tolist()  # one wait for all
+        own = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in pending])
+        values = sum_over_ranks(own).tolist()  # one wait for all
         read = []
-        for (step, losses, keys), row in zip(pending, values, strict=True):
+        for (step, losses, keys), row, mine in zip(pending, values, own.isfinite().all(1), strict=True):
             named = dict(zip(losses, row, strict=True))
             if not math.isfinite(named["loss"]):
+                keys = [key for part in gather([] if mine else keys) for key in part]
                 raise UserError(
                     f"the loss became {named['loss']} at step {step}; lower optimizer.lr, or look at the samples: {', '.join(keys)}"
                 )
@@ -51,21 +54,23 @@ class Meter:
 
 
 class Log:
-    """Scalars to TensorBoard and, if the recipe names a project, to Weights & Biases."""
+    """Scalars to TensorBoard and, if the recipe names a project, to Weights & Biases; of several processes the first one writes."""
 
     def __init__(self, folder: Path, recipe: Recipe, start: int) -> None:
         """start: the step to go on from; what an interrupted run logged after it is dropped."""
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-        self._wandb = _wandb_run(folder, recipe, recipe.wandb) if recipe.wandb else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start) if is_first() else None
+        self._wandb = _wandb_run(folder, recipe, recipe.wandb) if recipe.wandb and is_first() else None
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -79,6 +79,8 @@ class Recipe:
 
     shards: Annotated[str, Location] = "data/demo"
     """The run directory to learn from."""
+    images: Annotated[str | None, Location] = None
+    """Folder of your own image tars, for runs whose clean shards hold labels only; joined by key. None: images are in the shards."""
     student: str = "resnet18"
     """Any timm model name."""
     pretrained: str | None = None
@@ -125,6 +127,8 @@ class Recipe:
     """CPU threads of the model. None: all cores."""
     checkpoint_minutes: Annotated[float, Field(ge=0), Execution] = 1.0
     """Time between checkpoints inside an epoch; there is one after every epoch in any case."""
+    cache_gb: Annotated[float, Field(gt=0), Execution] = 50
+    """Most that shards on an object store may take on the local disk, in GiB; the folder is $DAD_CACHE, else ~/.cache/dad."""
     check_shards: Annotated[bool, Execution] = True
     """Compare the sha256 of every tar before the first step. Reads are checked one by one in any case."""
     wandb: Annotated[str | None, Execution] = None

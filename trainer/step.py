@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from shards import Batch, Half, seeded_generator
 from shards.codec import to_float
 
+from .distributed import rank, unshared, world
 from .mixing import draw_mixing, mix_images
 from .objectives import student_loss
 from .recipe import Recipe
@@ -35,16 +37,17 @@ def train_step(
     totals: samples of each stream in the whole global batch, of which ``batch`` may be a part; losses are sums over the samples here
     divided by them, so that those of all parts add up.
     """
-    torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout and the like; no generator state to save
+    torch.manual_seed(recipe.seed * 1_000_003 + step + (rank() << 40))  # dropout and the like; no generator state to save
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)
-    generator = seeded_generator("mixing", recipe.seed, step)
+    generator = seeded_generator("mixing", recipe.seed, step, rank())
     losses: Losses = {}
-    for part in split_batch(batch, recipe.accumulate):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, terms = batch_loss(forward, part, recipe, totals, generator, device)
-        loss.backward()
+    for number, part in enumerate(split_batch(batch, recipe.accumulate), 1):
+        with nullcontext() if number == recipe.accumulate else unshared(forward):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, terms = batch_loss(forward, part, recipe, totals, generator, device)
+            (loss * world()).backward()  # the ranks' gradients are averaged, their losses add up
         for name, value in {"loss": loss, **terms}.items():
             losses[name] = losses[name] + value.detach() if name in losses else value.detach()
     if recipe.optimizer.clip is not None:
