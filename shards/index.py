@@ -63,7 +63,7 @@ def read_mapped(path: Path) -> pa.Table | None:
     """An Arrow file of one batch, mapped into memory; None when it is not there or not whole."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (FileNotFoundError, pa.ArrowInvalid):
+    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
         return None
 
 

@@ -36,12 +36,14 @@ def plan_epoch(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream
     ends = np.append(starts[1:], len(shards))
     visit = rng.permutation(len(starts))
     windows = [visit[first : first + window] for first in range(0, len(visit), window)]
-    pieces = [rng.permutation(np.concatenate([np.arange(starts[s], ends[s]) for s in together])) for together in windows]
-    return EpochPlan(
-        order=np.concatenate(pieces) if pieces else np.empty(0, np.int64),
-        windows=tuple(np.asarray(shards)[starts[together]] for together in windows),
-        ends=np.cumsum([len(piece) for piece in pieces], dtype=np.int64),
-    )
+    order, begin = np.empty(len(shards), np.int64), 0
+    marks = []
+    for together in windows:
+        samples = np.concatenate([np.arange(starts[s], ends[s]) for s in together])
+        marks.append(begin + len(samples))
+        order[begin : marks[-1]] = rng.permutation(samples)
+        begin = marks[-1]
+    return EpochPlan(order, tuple(np.asarray(shards)[starts[together]] for together in windows), np.array(marks, np.int64))
 
 
 def rank_slice(begin: int, end: int, rank: int, world: int) -> tuple[int, int]:

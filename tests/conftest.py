@@ -394,7 +394,7 @@ def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: 
 
     run = RunDir(out)
     info = RunInfo(
-        recipe={"output": {"image": {"format": "png"}}}, identity={"seed": 0}, fingerprints={"source": "plain"},
+        recipe={"canvas": 8, "output": {"image": {"format": "png"}}}, identity={"seed": 0}, fingerprints={"source": "plain"},
         classes=list(CLASSES), shards=len(sizes), samples=sum(sizes), versions={},
     )  # fmt: skip
     run.write_info(info)
