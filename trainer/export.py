@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,19 +88,19 @@ def to_onnx(student: Student, side: int) -> bytes:
 
 
 def read_scores(run: StudentDir) -> dict[str, Score]:
-    """What ``make eval`` measured on these very weights; empty when it was not run since they were written."""
-    path = run.path / RESULTS
-    if not path.exists() or path.stat().st_mtime_ns < (run.path / BEST).stat().st_mtime_ns:
+    """What ``make eval`` measured on these very weights; empty when it has not."""
+    if not run.store.exists(RESULTS):
         return {}
     try:
-        return {name: Score(**score) for name, score in json.loads(path.read_text())["scores"].items()}
+        tree = json.loads(run.store.read(RESULTS))
+        scores = {name: Score(**score) for name, score in tree["scores"].items()}
+        return scores if tree.get("weights") == run.store.sha256(BEST) else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run `make eval` again") from error
+        raise UserError(f"{run.store.where(RESULTS)}: damaged ({error}); delete it and run `make eval` again") from error
 
 
 def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> str:
-    """README.md in the hub's format: what the student is, its numbers, how to load it, the whole recipe."""
-    loss = info.recipe["loss"]
+    """README.md in the hub's format: what the student is, its numbers, how to load it, and what decided it."""
     front = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["image-classification", "timm"]}
     names = {"plain": "plain training", "kd": "knowledge distillation", "dad": "Discrete Adversarial Distillation"}
     rows = [f"| {name} | {score.top1:.1f} ± {score.error:.1f} | {score.images:,} |" for name, score in scores.items()]
@@ -121,10 +122,10 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
             "---",
             yaml.safe_dump(front, sort_keys=False).rstrip(),
             "---",
-            f"# {info.student}, {names[loss['objective']]}",
+            f"# {info.student}, {names[info.recipe['loss']['objective']]}",
             "",
-            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, from shards {info.shards}; T = {loss['temperature']:g}, "
-            f"a = {loss['weight']:g} ([Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441)).",
+            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, trained on shards {info.shards} by the method of "
+            "[Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441).",
             "",
             "## Numbers",
             *numbers,
@@ -134,8 +135,13 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
             "",
             "## Recipe",
             "```yaml",
-            yaml.safe_dump(info.recipe, sort_keys=False).rstrip(),
+            yaml.safe_dump({name: _public(value) for name, value in info.identity.items()}, sort_keys=False).rstrip(),
             "```",
             "",
         ]
     )
+
+
+def _public(value: Any) -> Any:
+    """Without the folders of this machine: of an absolute path, the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -13,17 +13,18 @@ import yaml
 from manifests import UserError
 from trainer.checkpoint import StudentDir
 from trainer.compare import evaluate_run
-from trainer.export import CARD, CONFIG, ONNX, WEIGHTS, export
+from trainer.export import CARD, CONFIG, ONNX, WEIGHTS, export, read_scores
 from trainer.loop import train
 from trainer.recipe import load
+from trainer.student import create_student
 
 from .conftest import CLASSES, SIDE, write_image_set
 
 STUDENTS = ["test_resnet", "test_vit"]
 
 
-def trained(name: str, run: Path, out: Path) -> StudentDir:
-    settings = [f"shards={run}", f"student={name}", "epochs=1", "batch=8", "validation=null", "precision=fp32", "threads=1"]
+def trained(name: str, run: Path, out: Path, validation: str = "null") -> StudentDir:
+    settings = [f"shards={run}", f"student={name}", "epochs=1", "batch=8", "precision=fp32", "threads=1", f"validation={validation}"]
     return train(load("demo", settings), str(out))
 
 
@@ -58,7 +59,7 @@ def test_onnx_computes_the_same_for_any_batch(student: StudentDir, tmp_path: Pat
 
 
 def test_card_holds_the_numbers_once_they_are_measured(tiny_run: Path, tmp_path: Path) -> None:
-    run = trained("test_resnet", tiny_run, tmp_path / "student")
+    run = trained("test_resnet", tiny_run, tmp_path / "student", str(write_image_set(tmp_path / "val")))
     export(run, str(tmp_path / "out"))
     assert "Not evaluated yet" in (tmp_path / "out" / CARD).read_text()
     write_image_set(tmp_path / "sets" / "sketch", images=20)
@@ -66,8 +67,19 @@ def test_card_holds_the_numbers_once_they_are_measured(tiny_run: Path, tmp_path:
     export(run, str(tmp_path / "out"))
     card = (tmp_path / "out" / CARD).read_text()
     assert f"| sketch | {score.top1:.1f} ± {score.error:.1f} | 20 |" in card
+    assert str(tmp_path) not in card  # no place on this machine is published
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "timm" and front["pipeline_tag"] == "image-classification"
+
+
+def test_numbers_of_other_weights_are_not_published(tiny_run: Path, tmp_path: Path) -> None:
+    run, other = (trained("test_resnet", tiny_run, tmp_path / name) for name in ("student", "other"))
+    evaluate_run(run, write_image_set(tmp_path / "sets" / "sketch").parent, "cpu")
+    kept = run.store.read("eval.json")
+    other.store.write("eval.json", kept)
+    assert read_scores(other) == read_scores(run) != {}  # same seed, same weights
+    other.save_best(create_student("test_resnet", CLASSES, SIDE))
+    assert read_scores(other) == {}
 
 
 def test_exports_repeat_to_the_byte(tiny_run: Path, tmp_path: Path) -> None:
