@@ -6,10 +6,10 @@ import click
 import torch
 from torch import nn
 
-from manifests import RunDir, RunInfo, find_file
+from manifests import RunDir, RunInfo, UserError, find_file
 from manifests.command import ProjectGroup, as_overrides, recipe_option_of, set_option
 from manifests.devices import choose_device, use_bf16
-from manifests.recipe import make_recipe
+from manifests.recipe import make_recipe, nearest
 
 from .ledger import Models, measure, table
 from .recipe import FOLDER, Recipe, load
@@ -73,6 +73,8 @@ def _untrained_teacher(name: str, classes: int) -> nn.Module:
 
     from pipeline.teacher import Teacher
 
+    if not timm.is_model(name):
+        raise UserError(f"--random: timm knows no model {name!r}{nearest(name, timm.list_models())}")
     model = timm.create_model(name, num_classes=classes)
     data = timm.data.resolve_data_config(model=model)
     return Teacher(model, size=data["input_size"][-1], mean=data["mean"], std=data["std"])

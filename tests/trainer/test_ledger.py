@@ -67,3 +67,8 @@ def test_too_few_batches_are_a_user_error(finished_run: Path) -> None:
     options = ["--shards", str(finished_run), "--student", "test_resnet", "--steps", "50", "--set", "batch=10"]
     result = CliRunner().invoke(main, options)
     assert result.exit_code == 2 and "batches, a measurement takes 51; lower batch or --steps" in result.output
+
+
+def test_an_unknown_teacher_is_a_user_error(finished_run: Path) -> None:
+    result = CliRunner().invoke(main, ["--shards", str(finished_run), "--random", "vit_large_patch14_clip_225"])
+    assert result.exit_code == 2 and "did you mean 'vit_large_patch14_clip_224'" in result.output
