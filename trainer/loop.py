@@ -12,6 +12,7 @@ import click
 import timm.layers
 import timm.utils
 import torch
+from torch import nn
 
 from manifests import UserError
 from manifests.devices import choose_device, use_bf16
@@ -194,7 +195,9 @@ def end_epoch(run: Training, log: Log) -> None:
 
 
 def save(run: Training) -> None:
-    """Write the checkpoint: everything that going on to the bit needs."""
+    """Write the checkpoint: everything that going on to the bit needs. Raises UserError rather than save weights that are not finite."""
+    if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
+        raise UserError(f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again")
     state = {"student": run.student.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": vars(run.at).copy()}
     if run.average is not None:
         state["average"] = run.average.module.state_dict()

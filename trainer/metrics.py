@@ -32,8 +32,8 @@ class Meter:
     def read(self) -> list[tuple[int, dict[str, float]]]:
         """(step, losses) of every step since the last reading, in order.
 
-        Raises UserError, naming the samples, at the first step whose loss is not finite: the weights are spoiled from there on, so
-        nothing may be saved before reading.
+        Raises UserError, naming the samples, at the first step whose loss or gradient is not finite: the weights are spoiled from there
+        on, so nothing may be saved before reading.
         """
         if not self._pending:
             return []
@@ -43,9 +43,8 @@ class Meter:
         for (step, losses, keys), row in zip(pending, values, strict=True):
             named = dict(zip(losses, row, strict=True))
             if not math.isfinite(named["loss"]):
-                raise UserError(
-                    f"the loss became {named['loss']} at step {step}; lower optimizer.lr, or look at the samples: {', '.join(keys)}"
-                )
+                what = f"the loss or its gradient became {named['loss']} at step {step}"
+                raise UserError(f"{what}; lower optimizer.lr, or look at the samples: {', '.join(keys)}")
             read.append((step, named))
         return read
 
