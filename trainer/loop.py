@@ -169,6 +169,8 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
                 log.write({"lr": rate}, step)
             now = time.monotonic()
             at.seconds, clock = at.seconds + now - clock, now
+        if due:
+            check_weights(run)
         if due and at.step < reader.steps:
             save(run)
             saved = time.monotonic()
@@ -194,10 +196,14 @@ def end_epoch(run: Training, log: Log) -> None:
     save(run)
 
 
-def save(run: Training) -> None:
-    """Write the checkpoint: everything that going on to the bit needs. Raises UserError rather than save weights that are not finite."""
+def check_weights(run: Training) -> None:
+    """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
     if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
         raise UserError(f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again")
+
+
+def save(run: Training) -> None:
+    """Write the checkpoint: everything that going on to the bit needs."""
     state = {"student": run.student.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": vars(run.at).copy()}
     if run.average is not None:
         state["average"] = run.average.module.state_dict()

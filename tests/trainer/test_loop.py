@@ -204,11 +204,12 @@ def test_a_gradient_that_is_not_finite_is_found_too(tiny_run: Path) -> None:
         meter.read()
 
 
-def test_spoiled_weights_are_never_saved(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("minutes", [0, 60])
+def test_spoiled_weights_are_never_saved(tiny_run: Path, tmp_path: Path, minutes: int) -> None:
     """A learning rate that blows up: training stops by name, and what it left on disk is finite."""
     settings = recipe(
-        tiny_run, "optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip=null", "optimizer.warmup=0", "checkpoint_minutes=0"
-    )
+        tiny_run, "optimizer.name=sgd", "optimizer.lr=1e39", "optimizer.clip=null", "batch=40", f"checkpoint_minutes={minutes}"
+    )  # one step an epoch
     with pytest.raises(UserError, match=r"the weights are no longer finite at step \d+; lower optimizer.lr"):
         train(settings, str(tmp_path / "student"))
     state = StudentDir(tmp_path / "student").load_last()
