@@ -124,6 +124,8 @@ def measure(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = scheme.loss(batch)
         loss.backward()
+        if recipe.optimizer.clip is not None:
+            nn.utils.clip_grad_norm_(student.parameters(), recipe.optimizer.clip)
         optimizer.step()
 
     def generate(batch: Batch) -> None:
