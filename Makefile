@@ -65,8 +65,9 @@ bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ##
 bench-cost: $(VENV)/ready ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
 	@$(RUN) -m trainer.cost --recipe $(RECIPE) $(LEARN) $(ARGS)
 
-export: $(VENV)/ready ## a student as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
-	@$(RUN) -m trainer export $(RUN_DIR) $(EXPORT) $(ARGS)
+export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
+	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
+	@$(RUN) -m trainer export $(RUN_DIR) $(or $(EXPORT),$(RUN_DIR)/export) $(ARGS)
 
 test: $(VENV)/ready ## the test suite
 	@$(RUN) -m pytest $(ARGS)
