@@ -66,6 +66,19 @@ def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
     compare(runs or ("runs",), data, out)
 
 
+@main.command("export")
+@click.argument("run", metavar="RUN")
+@click.argument("out", metavar="OUT")
+@click.option("--onnx", is_flag=True, help="Write model.onnx too (pip install '.[onnx]').")
+def export_student(run: str, out: str, onnx: bool) -> None:
+    """Write the student of RUN to OUT, a directory for timm (local-dir:OUT) and, uploaded, for the Hugging Face hub (hf-hub:…)."""
+    from .checkpoint import StudentDir
+    from .export import export
+
+    click.echo(f"{out}: {', '.join(export(StudentDir(run), out, onnx=onnx))}")
+    click.echo(f'load it: timm.create_model("local-dir:{out}", pretrained=True)')
+
+
 @main.command("demo-table")
 @recipe_option
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)

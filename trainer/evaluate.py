@@ -135,9 +135,10 @@ def evaluate(model: nn.Module, data: Path, classes: int, side: int, device: torc
     return scores
 
 
-def scores_to_json(scores: dict[str, Score], made_from: str) -> str:
-    """``made_from``: fingerprint of the weights and the sets that were scored."""
-    return json.dumps({"made_from": made_from, "scores": {name: asdict(score) for name, score in scores.items()}}, indent=2) + "\n"
+def scores_to_json(scores: dict[str, Score], made_from: str, weights: str) -> str:
+    """``made_from``: fingerprint of the weights and the sets that were scored; ``weights``: sha256 of the weights alone."""
+    tree = {"made_from": made_from, "weights": weights, "scores": {name: asdict(score) for name, score in scores.items()}}
+    return json.dumps(tree, indent=2) + "\n"
 
 
 def scores_from_json(text: str, made_from: str) -> dict[str, Score] | None:

@@ -12,6 +12,7 @@ import click
 import timm.layers
 import timm.utils
 import torch
+from torch import nn
 
 from manifests import UserError
 from manifests.devices import choose_device, use_bf16
@@ -195,6 +196,8 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
                 log.write({"lr": rate}, step)
             now = time.monotonic()
             at.seconds, clock = at.seconds + now - clock, now
+        if due:
+            check_weights(run)
         if due and not last:
             save(run)
             saved = time.monotonic()
@@ -220,6 +223,12 @@ def end_epoch(run: Training, log: Log) -> None:
     if distributed.is_first():
         run.directory.store.write(METRICS, to_csv(at.rows).encode())
     save(run)
+
+
+def check_weights(run: Training) -> None:
+    """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
+    if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
+        raise UserError(f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again")
 
 
 def save(run: Training) -> None:

@@ -33,8 +33,8 @@ class Meter:
     def read(self) -> list[tuple[int, dict[str, float]]]:
         """(step, losses) of every step since the last reading, in order.
 
-        Raises UserError, naming the samples, at the first step whose loss is not finite: the weights are spoiled from there on, so
-        nothing may be saved before reading.
+        Raises UserError, naming the samples, at the first step whose loss or gradient is not finite: the weights are spoiled from there
+        on, so nothing may be saved before reading.
         """
         if not self._pending:
             return []
@@ -46,9 +46,8 @@ class Meter:
             named = dict(zip(losses, row, strict=True))
             if not math.isfinite(named["loss"]):
                 keys = [key for part in gather([] if mine else keys) for key in part]
-                raise UserError(
-                    f"the loss became {named['loss']} at step {step}; lower optimizer.lr, or look at the samples: {', '.join(keys)}"
-                )
+                what = f"the loss or its gradient became {named['loss']} at step {step}"
+                raise UserError(f"{what}; lower optimizer.lr, or look at the samples: {', '.join(keys)}")
             read.append((step, named))
         return read
 

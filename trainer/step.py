@@ -32,7 +32,7 @@ def train_step(
     device: torch.device,
     bf16: bool,
 ) -> Losses:
-    """One update of the student; returns the loss and its terms, still on the device. A loss that is not finite is found by `Meter`.
+    """One update of the student; returns the loss and its terms, still on the device. What is not finite is found by `Meter`.
 
     totals: samples of each stream in the whole global batch, of which ``batch`` may be a part; losses are sums over the samples here
     divided by them, so that those of all parts add up.
@@ -50,9 +50,12 @@ def train_step(
             (loss * world()).backward()  # the ranks' gradients are averaged, their losses add up
         for name, value in {"loss": loss, **terms}.items():
             losses[name] = losses[name] + value.detach() if name in losses else value.detach()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
     if recipe.optimizer.clip is not None:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        nn.utils.clip_grad_norm_(weights, recipe.optimizer.clip)
+        norm = nn.utils.clip_grad_norm_(weights, recipe.optimizer.clip)
+    else:
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    losses["loss"] = losses["loss"] + 0 * norm  # not finite where the gradient is not, for the meter to find
     optimizer.step()
     return losses
 

@@ -56,7 +56,7 @@ def test_images_are_brought_to_the_size_of_the_input(crop: float) -> None:
 
 def test_erasing_paints_a_rectangle_in_the_mean_colour() -> None:
     erased = augmented({"erase": 1.0})
-    colour = (torch.tensor(MEAN_COLOUR) * 255).round().to(torch.uint8).view(3, 1, 1)
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
     for before, after in zip(images(), erased, strict=True):
         changed = (before != after).any(0)
         rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
@@ -68,3 +68,23 @@ def test_erasing_paints_a_rectangle_in_the_mean_colour() -> None:
 def test_randaugment_of_more_magnitude_changes_more() -> None:
     change = [(augmented({"randaugment": 2, "magnitude": m}).float() - images().float()).abs().mean() for m in (1, 30)]
     assert change[1] > change[0]
+
+
+def test_an_image_is_changed_by_its_own_generator_whatever_its_neighbours() -> None:
+    """Alone or in a batch: what matters is the state of the generator when its turn comes."""
+    augment = Augment(Augmentation(**EVERYTHING), SIDE)  # type: ignore[arg-type]
+    alone = [augment(image[None], seeded_generator("key", n))[0] for n, image in enumerate(images())]
+    assert torch.equal(alone[3], augment(images()[3:4], seeded_generator("key", 3))[0])
+    first_of_many = augment(images()[3:6], seeded_generator("key", 3))[0]
+    assert torch.equal(alone[3], first_of_many)
+
+
+def test_crops_lie_inside_and_are_no_smaller_than_the_recipe_says() -> None:
+    """A ramp from left to right: the crop's first and last columns tell where it was cut."""
+    ramp = torch.arange(0, 256, 2, dtype=torch.uint8).expand(1, 3, 128, 128)
+    augment = Augment(Augmentation(**{**NOTHING, "crop": 0.5}), 128)  # type: ignore[arg-type]
+    widths = []
+    for seed in range(200):
+        row = augment(ramp, seeded_generator(seed))[0, 0, 0].float()
+        widths.append(((row[-1] - row[0]) / 2 + 1).item())
+    assert min(widths) > 62 and max(widths) <= 128 and max(widths) - min(widths) > 50
