@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, label: str, unit: str, *, initial: int = 0, quiet: bool = False) -> tqdm[Any]:
+def progress(total: int, label: str, unit: str, *, initial: int = 0, hidden: bool = False) -> tqdm[Any]:
     """A tqdm bar on standard error. ``initial`` is what earlier runs have done already; it does not count in the rate."""
     lively = sys.stderr.isatty()
     return tqdm(
@@ -21,5 +21,5 @@ def progress(total: int, label: str, unit: str, *, initial: int = 0, quiet: bool
         dynamic_ncols=lively,
         ncols=None if lively else 100,
         leave=True,
-        disable=quiet,
+        disable=hidden,
     )

@@ -78,7 +78,7 @@ def train(recipe: Recipe, out: str) -> StudentDir:
         if not quiet:
             click.echo(_opening(run))
         log = Log(run.directory.path, recipe, run.now)
-        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, quiet=quiet) as bar:
+        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar:
             while run.at.epoch < recipe.epochs:
                 train_epoch(run, log, bar)
                 end_epoch(run, log)
