@@ -82,6 +82,12 @@ def replay(pixels: np.ndarray, view: np.void, where: str = "view") -> np.ndarray
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
+def view_images(image: torch.Tensor, views: np.ndarray) -> torch.Tensor:
+    """All views of an image, uint8 [3, H, W] -> [V, 3, H, W]: what stage 1 shows the teacher."""
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return torch.from_numpy(np.stack([replay(pixels, view) for view in views])).permute(0, 3, 1, 2).contiguous()
+
+
 def view_of_epoch(key: str, seed: int, epoch: int, count: int) -> int:
     """Which view an epoch shows: each in turn, from a start of the sample's own, so that a batch holds views of every number."""
     digest = hashlib.sha256(f"{seed} {key} view".encode()).digest()
