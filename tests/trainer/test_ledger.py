@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,19 +34,22 @@ def test_ratios_are_taken_within_a_turn() -> None:
     assert "2.00 with 1, 1.75 with 2, 1.60 with 5, 1.55 with 10" in told
 
 
-def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images() -> None:
-    """Five batches of four clean images, the first two slow to come: what is timed are three, in which nothing waits."""
-    import time
+def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five batches of four clean images; the first two are slow to come, the others take 1 second to come and 3 to train on."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def batches() -> Iterator[Any]:
         for number in range(5):
-            time.sleep(0.2 if number < 2 else 0)
+            now[0] += 10 if number < 2 else 1
             yield {"clean": SimpleNamespace(keys=["k"] * 4)}
 
-    steps = []
-    timing = clock(batches(), steps.append, 2, torch.device("cpu"))
-    assert len(steps) == 5
-    assert timing.seconds * 12 < 0.2
+    def step(_batch: Any) -> None:
+        now[0] += 3
+
+    timing = clock(batches(), step, 2, torch.device("cpu"))
+    assert timing.seconds == pytest.approx(3 * (1 + 3) / 12)
+    assert timing.waiting == pytest.approx(1 / 4)
 
 
 @pytest.mark.slow
