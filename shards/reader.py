@@ -5,6 +5,7 @@ The state of the reader is two integers, epoch and global batches consumed: `Tra
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -171,8 +172,10 @@ class _EpochBatches(Dataset[Any]):
 
     def _half(self, stream: str, step: int) -> Half:
         reader, dataset = self.reader, self.reader.datasets[stream]
-        keys, labels, logits, images = [], [], [], []
-        for index in reader.indices(stream, self.epoch, step).tolist():
+        keys, labels, logits = [], [], []
+        images = torch.empty(0)
+        indices = reader.indices(stream, self.epoch, step).tolist()
+        for place, index in enumerate(indices):
             sample = dataset.read(index)
             pixels, soft = dataset.pixels(index, sample), sample.logits
             if sample.views is not None:
@@ -182,12 +185,24 @@ class _EpochBatches(Dataset[Any]):
                 generator = seeded_generator(reader.seed, self.epoch, stream, sample.key)
                 image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1)[None], generator)
                 pixels = image[0].permute(1, 2, 0).numpy()
+            if place == 0:
+                images = _empty_batch(len(indices), *pixels.shape)
+            if pixels.shape != images.shape[1:]:
+                raise UserError(f"{sample.where}: image of {pixels.shape[1]} x {pixels.shape[0]} pixels among others of {images.shape[2]}")
+            images.numpy()[place] = pixels
             keys.append(sample.key)
             labels.append(sample.label)
             logits.append(soft)
-            images.append(pixels)
-        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # channels_last: pixels stay in the order they were decoded in
-        return Half(keys=keys, images=stacked, labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
+        # Pixels stay in the order they were decoded in: channels_last.
+        return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
+
+
+def _empty_batch(*shape: int) -> torch.Tensor:
+    """uint8, in a loader worker in shared memory: what is sent to the trainer is then not copied again."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _prefetch(dataset: ShardDataset, shards: list[int]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manifests import UserError
-from shards import Batch, ShardDataset, TrainingReader
+from shards import Batch, ImageFormat, ShardDataset, TrainingReader, encode_image
 
 
 def reader(run: Path, batch_size: int = 7, **options) -> TrainingReader:  # type: ignore[no-untyped-def]
@@ -254,3 +254,12 @@ def test_bench_prints_all_four(python: Callable[..., object]) -> None:
         line = next(line for line in lines if line.startswith(name))
         assert line.count("(") == 2 and (name != "bare loop" or line.count("(1.00)") == 2)
     assert any("one epoch planned" in line for line in lines)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_different_sizes(make_run: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    """One published image of another size cannot stand in a batch: named, not a stack trace."""
+    odd = encode_image(torch.zeros(3, 9, 7, dtype=torch.uint8), ImageFormat(format="png"))
+    run = make_run(tmp_path / "run", edit=lambda stream, key, members: members | ({"png": odd} if key == "s1-02" else {}))
+    with pytest.raises(UserError, match=r"clean-000001\.tar: s\d-\d\d: image of \d x \d pixels among others"):
+        list(reader(run, 48, streams=("clean",)).batches(0, workers=workers))
