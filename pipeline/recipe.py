@@ -10,6 +10,7 @@ from pydantic import Field
 
 from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
 from shards import ImageFormat
+from shards.views import ViewSettings
 
 from .attack import AttackSettings
 from .diffusion import DiffusionConfig
@@ -102,6 +103,8 @@ class Recipe:
     teacher: Teacher
     discretizer: Discretizer
     attack: AttackSettings = AttackSettings()
+    views: ViewSettings = ViewSettings()
+    """Soft labels of several crops of each image (one forward pass of the teacher each), or of the whole canvas alone, as the paper."""
     output: Output = Output()
     canvas: Annotated[int, Field(ge=16)] = 224
     """Side of the square images, in pixels: shorter side resized to it, then centre-cropped."""
