@@ -106,7 +106,7 @@ def test_a_killed_rank_under_torchrun_restarts_to_the_same_weights(
     tiny_run: Path, tmp_path: Path, ranks: Ranks, alone: dict[str, str]
 ) -> None:
     """Three ranks, one killed in mid-training: torchrun starts all anew, they go on from the checkpoint and end in the same bits."""
-    settings = ["epochs=30", "checkpoint_minutes=0"]
+    settings = ["epochs=15", "checkpoint_minutes=0"]
     assert told(ranks(3, *command(tiny_run, tmp_path / "whole", *settings))) == ([0, 0, 0], [])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1"]
     job = subprocess.Popen(
