@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
 
 .DEFAULT_GOAL := help
-.PHONY: help renditions shards status verify train compare eval demo-table bench-generate test chaos lint clean
+.PHONY: help renditions shards status verify train compare eval export demo-table bench-generate bench-read bench-cost test chaos lint clean
 
 help: ## print this list
 	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
@@ -65,6 +65,16 @@ demo-table: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## 3 seeds of plain, 
 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
 	@$(RUN) -m pipeline.benchmark --recipe $(RECIPE) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)
+
+bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
+	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
+
+bench-cost: $(VENV)/ready ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
+	@$(RUN) -m trainer.cost --recipe $(RECIPE) $(LEARN) $(ARGS)
+
+export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
+	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
+	@$(RUN) -m trainer export $(RUN_DIR) $(or $(EXPORT),$(RUN_DIR)/export) $(ARGS)
 
 test: $(VENV)/ready ## the test suite
 	@$(RUN) -m pytest $(ARGS)

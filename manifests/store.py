@@ -82,6 +82,12 @@ class Store:
         found = Path(path).stat()  # a file that was replaced is opened anew
         return os.pread(_descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns).fileno(), size, offset)
 
+    def advise(self, name: str) -> None:
+        """Tell the kernel that a whole local file will be read soon. Raises FileNotFoundError."""
+        if self.is_local and hasattr(os, "posix_fadvise"):
+            with self.open(name) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in a folder, without temporary ones; empty if there is no such folder."""
         return sorted(self.sizes(folder))

@@ -19,12 +19,13 @@ from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
 from manifests.rundir import MANIFEST, RUN, count_statuses
 
 from .batch_job import Row
+from .batch_size import resolve_batch
 from .card import CARD, dataset_card
 from .classes import ClassList, find_classes
 from .gallery import GALLERY
 from .launchers import find_launcher
 from .launchers.local import devices
-from .models import Models, load_models
+from .models import Models, fingerprints, load_models
 from .recipe import Recipe
 from .sources import SourcePlan, plan_source
 from .status import Survey
@@ -48,23 +49,31 @@ class Job:
 def prepare_job(recipe: Recipe, out: str) -> Job:
     """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit.
 
-    Where workers make the shards, the models are loaded all the same, for their fingerprints, but on the CPU.
+    Where workers make the shards, the models' weights are read all the same, for their fingerprints.
     """
     run = RunDir(out)
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
-    models = load_models(recipe if here else replace(recipe, device="cpu", precision="fp32", compile=False), classes)
+    models = load_models(recipe, classes) if here else None
+    recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
     info = RunInfo(
         recipe=as_tree(recipe),
         identity=identity(recipe),
-        fingerprints=models.fingerprints() | {"classes": classes_fingerprint, "source": plan.fingerprint},
+        fingerprints=fingerprints(recipe, classes, models) | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),
         shards=len(plan.pieces),
         samples=plan.samples,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
-    return Job(recipe, classes, plan, models if here else None, info, run)
+    return Job(recipe, classes, plan, models, info, run)
+
+
+def _on_first_device(recipe: Recipe, classes: ClassList, run: RunDir) -> Models | None:
+    """Models to find the batch size with, where this machine's processes will use them: None where it is known, or they are elsewhere."""
+    if recipe.batch or run.store.exists(RUN) or recipe.launch.launcher != "local":
+        return None
+    return load_models(replace(recipe, device=devices(recipe)[0]), classes)
 
 
 def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> None:

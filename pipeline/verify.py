@@ -17,6 +17,7 @@ from shards.codec import to_float
 
 from .generate import recipe_of
 from .models import Models, load_models
+from .teacher import weights_fingerprint
 
 # Largest difference of a logit that recomputing may show, relative to the largest logit of the sample. On the machine that made the
 # shards it is the rounding to float16 (2^-11); on another kind, sums run in another order: a few float16 steps, or one of bf16.
@@ -63,7 +64,7 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
     models = load_models(recipe, classes)
-    if (now := models.fingerprints()["teacher"]) != info.fingerprints["teacher"]:
+    if (now := weights_fingerprint(models.teacher_model)) != info.fingerprints["teacher"]:
         raise UserError(
             f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
             "name the right one with --set teacher.model=…"

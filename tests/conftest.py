@@ -59,6 +59,12 @@ class World:
         return load(str(self.recipe), overrides)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes and fetched tars of the tests do not land in the user's cache folder."""
+    os.environ["DAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _keep_signals() -> Iterator[None]:
     """The command line installs handlers of signals; a test must not leave them behind."""
@@ -421,7 +427,7 @@ def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: 
 
     run = RunDir(out)
     info = RunInfo(
-        recipe={"output": {"image": {"format": "png"}}}, identity={"seed": 0}, fingerprints={"source": "plain"},
+        recipe={"canvas": 8, "output": {"image": {"format": "png"}}}, identity={"seed": 0}, fingerprints={"source": "plain"},
         classes=list(CLASSES), shards=len(sizes), samples=sum(sizes), versions={},
     )  # fmt: skip
     run.write_info(info)
