@@ -88,7 +88,7 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     job.out.store.remove_stale_temporaries()
     sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
     todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
-    work = Work(recipe=recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
+    work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
     missing: dict[int, str] = {}
     if todo or not job.out.store.exists(GALLERY):
         where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"

@@ -156,7 +156,7 @@ def test_identity_of_the_real_recipe() -> None:
     recipe = Recipe(source=Source(data="d", classes="c"), teacher=Teacher(model="m"), discretizer=Discretizer(), launch=launch)
     free = {
         "source.data", "source.classes", "teacher.model", "teacher.weights", "teacher.templates", "discretizer.weights",
-        "max_errors", "device", "threads", "launch.launcher", "launch.workers", "launch.retries", "launch.slurm.partition",
+        "max_errors", "device", "threads", "codec_threads", "launch.launcher", "launch.workers", "launch.retries", "launch.slurm.partition",
     }  # fmt: skip
     assert set(flatten(as_tree(recipe))) - set(identity(recipe)) == free
 
