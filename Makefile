@@ -50,7 +50,11 @@ status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged
 verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
 	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
 
-train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
+# The demo's students learn from the demo's shards: make those first.
+data/demo/manifest.parquet:
+	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
+
+train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done $(if $(SHARDS)$(filter-out demo,$(RECIPE))$(filter-out data/demo,$(OUT)),,data/demo/manifest.parquet) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
 	@$(RUN) -m trainer train --recipe $(RECIPE) $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from manifests import UserError, find_file, load_weights
+from manifests import RunInfo, UserError, find_file, load_weights
 from manifests.archive import is_torchscript, read_tensors
-from manifests.recipe import nearest
+from manifests.recipe import make_recipe, nearest
 from manifests.weights import files_fingerprint
 
-from .classes import ClassList, load_templates
+from .classes import ClassList, find_classes, load_templates
 from .recipe import Teacher as TeacherSettings
 from .zero_shot import cached_head
 
@@ -84,6 +85,13 @@ def load_teacher(settings: TeacherSettings, classes: ClassList, device: torch.de
     if settings.kind == "timm":
         return _timm_teacher(settings, classes).to(device)
     return _open_clip_teacher(settings, classes, torch.device(device), with_head=with_head).to(device)
+
+
+def teacher_of_run(info: RunInfo) -> Teacher:
+    """The teacher that a run was made with, on the CPU. Raises UserError when its files are not where run.json says."""
+    classes, _ = find_classes(info.recipe["source"]["classes"])
+    settings: TeacherSettings = make_recipe(TeacherSettings, info.recipe["teacher"], "run.json")
+    return load_teacher(settings, replace(classes, names=tuple(info.classes)))
 
 
 def weights_fingerprint(model: nn.Module) -> str:

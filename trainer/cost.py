@@ -6,7 +6,7 @@ import click
 import torch
 from torch import nn
 
-from manifests import RunDir, RunInfo, UserError, find_file
+from manifests import RunDir, RunInfo, UserError
 from manifests.command import ProjectGroup, as_overrides, recipe_option_of, set_option
 from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
@@ -47,9 +47,7 @@ def load_models(info: RunInfo, random: str | None, device: torch.device) -> Mode
     if random is not None:
         phi, q = _untrained_teacher(random, len(info.classes)), discretizer.VQGAN(discretizer.VQGANConfig()).eval()
     else:
-        templates = teacher.load_templates(find_file(info.recipe["source"]["classes"], "source.classes"), required=False)  # type: ignore[attr-defined]
-        classes = teacher.ClassList(names=tuple(info.classes), folders=(), templates=templates)  # type: ignore[attr-defined]
-        phi = teacher.load_teacher(make_recipe(teacher.TeacherSettings, info.recipe["teacher"], "run.json"), classes)  # type: ignore[attr-defined]
+        phi = teacher.teacher_of_run(info)
         asked = info.recipe["discretizer"]
         q = discretizer.load_discretizer(make_recipe(discretizer.VQGANConfig, asked["config"], "run.json"), asked["weights"], asked["kind"])
     for model in (phi, q):
@@ -62,8 +60,9 @@ def load_models(info: RunInfo, random: str | None, device: torch.device) -> Mode
 
     def generate(x: torch.Tensor, y: torch.Tensor) -> object:
         made = attack.attack(x, y, phi, discretize, settings, torch.zeros_like(x))
+        asked_about = [x, made.adversarial, *([made.perturbed] if info.recipe["output"].get("attacked_loss") else [])]
         with torch.no_grad():
-            return [phi(images) for images in (x, made.perturbed, made.adversarial)]
+            return [phi(images) for images in asked_about]
 
     return Models(phi, discretize, generate)
 
