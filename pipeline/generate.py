@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests import RunDir, RunInfo, UserError
 from manifests.claims import clear, forget, look
@@ -112,6 +113,8 @@ def seal(job: Job, missing: Mapping[int, str]) -> None:
     shards = [shard for shard in range(job.info.shards) if shard not in missing]
     table, tars = job.out.seal(job.info, shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
+    if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():  # large sources are planned without reading every key
+        click.echo(f"note: {repeated} keys occur more than once; to join by key, make it anew with source.keys=place", err=True)
 
 
 def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[int]:
