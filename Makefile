@@ -12,13 +12,16 @@ SHARDS ?=
 OBJECTIVE ?=
 SEED ?=
 ARGS ?=
+LAUNCHER ?=
+WORKERS ?=
+N ?= 50
 LEARN = $(if $(STUDENT),--student $(STUDENT)) $(addprefix --shards ,$(or $(SHARDS),$(filter-out data/demo,$(OUT))))
 # Two busy processes on the same cores would otherwise spin against each other, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
 
 .DEFAULT_GOAL := help
-.PHONY: help renditions shards status verify train compare eval demo-table bench-generate test lint clean
+.PHONY: help renditions shards status verify train compare eval export demo-table bench-generate bench-read bench-cost test chaos lint clean
 
 help: ## print this list
 	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
@@ -37,16 +40,21 @@ $(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
 renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (train, val, renditions, sketches)
 
 # The demo composes its own images; any other recipe brings DATA.
-shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT)
-	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(ARGS)
+shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
+	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
+		$(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
-status: $(VENV)/ready ## what OUT holds: done, missing, damaged
+status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
 	@$(RUN) -m pipeline status $(OUT) $(ARGS)
 
 verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
 	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
 
-train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
+# The demo's students learn from the demo's shards: make those first.
+data/demo/manifest.parquet:
+	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
+
+train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done $(if $(SHARDS)$(filter-out demo,$(RECIPE))$(filter-out data/demo,$(OUT)),,data/demo/manifest.parquet) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
 	@$(RUN) -m trainer train --recipe $(RECIPE) $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval
@@ -62,8 +70,21 @@ demo-table: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## 3 seeds of plain, 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
 	@$(RUN) -m pipeline.benchmark --recipe $(RECIPE) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)
 
+bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
+	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
+
+bench-cost: $(VENV)/ready ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
+	@$(RUN) -m trainer.cost --recipe $(RECIPE) $(LEARN) $(ARGS)
+
+export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
+	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
+	@$(RUN) -m trainer export $(RUN_DIR) $(or $(EXPORT),$(RUN_DIR)/export) $(ARGS)
+
 test: $(VENV)/ready ## the test suite
 	@$(RUN) -m pytest $(ARGS)
+
+chaos: $(VENV)/ready ## kill stage 1 N times at random moments, fill its disk, set its clock back; compare the bytes (N SEED)
+	@$(RUN) -m tests.chaos --kills $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/ready ## ruff and mypy
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy

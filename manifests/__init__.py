@@ -6,16 +6,18 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `Store`: the one place that opens paths and URLs; atomic writes.
 - `recipe_dataclass`, `load_recipe`: recipes (YAML to frozen dataclass) with refusals that name the nearest field.
 - `load_weights`, `find_file`: tensors from files, never code.
+- `claims`: who is making which shard, on any machine.
 - `UserError`: a one-line message for the user; `command`: how command lines print it.
 - `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """
 
-from .errors import UserError
+from .errors import Unwritable, UserError
 from .recipe import Execution, Location, load_recipe, recipe_dataclass
 from .rundir import RunDir, RunInfo
 from .store import Store
 from .weights import find_file, load_weights
 
 __all__ = [
-    "Execution", "Location", "RunDir", "RunInfo", "Store", "UserError", "find_file", "load_recipe", "load_weights", "recipe_dataclass",
+    "Execution", "Location", "RunDir", "RunInfo", "Store", "Unwritable", "UserError", "find_file", "load_recipe", "load_weights",
+    "recipe_dataclass",
 ]  # fmt: skip

@@ -46,7 +46,8 @@ class ProjectGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug", False)
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # SIGUSR1: Slurm's warning with `--signal=B:USR1`
+            signal.signal(number, _leave)
         try:
             return super().invoke(ctx)
         except (UserError, click.UsageError, OSError) as error:
@@ -60,7 +61,6 @@ class ProjectGroup(click.Group):
         except KeyboardInterrupt:
             if debug:
                 traceback.print_exc()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it now
             click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             sys.exit(INTERRUPTED)
 
@@ -75,7 +75,8 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
-def _terminate(_signal: int, _frame: Any) -> None:
+def _leave(number: int, _frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it now
     raise KeyboardInterrupt
 
 

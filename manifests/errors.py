@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Command lines print it without a stack trace (unless ``--debug``) and exit with status 2.
     """
+
+
+class Unwritable(UserError):
+    """A place that cannot be used: a full disk, no permission, a store out of reach. Trying another shard would not help."""

@@ -8,8 +8,12 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, label: str, unit: str, *, initial: int = 0, hidden: bool = False) -> tqdm[Any]:
-    """A tqdm bar on standard error. ``initial`` is what earlier runs have done already; it does not count in the rate."""
+def progress(total: int, label: str, unit: str, *, initial: int = 0, hidden: bool = False, quick: bool = False) -> tqdm[Any]:
+    """A tqdm bar on standard error.
+
+    initial: what earlier runs have done already; it does not count in the rate. quick: for what is mostly done in a moment: the bar
+    appears when it lasts, and does not stay.
+    """
     lively = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -20,6 +24,7 @@ def progress(total: int, label: str, unit: str, *, initial: int = 0, hidden: boo
         maxinterval=10.0,
         dynamic_ncols=lively,
         ncols=None if lively else 100,
-        leave=True,
+        leave=not quick,
+        delay=2.0 if quick else 0.0,
         disable=hidden,
     )

@@ -81,26 +81,29 @@ def encode_part(rows: Sequence[Mapping[str, Any]], record: PartRecord) -> bytes:
     return encode_rows(rows, asdict(record))
 
 
-def decode_table(data: bytes, where: str) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of a Parquet file of ours and its metadata. Raises UserError naming ``where`` when it is damaged or foreign."""
+def decode_table(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of a Parquet file of ours (or some of their columns) and its metadata.
+
+    Raises UserError naming ``where`` when it is damaged or foreign.
+    """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read(list(columns))
         meta = json.loads((table.schema.metadata or {})[_META])
         if not isinstance(meta, dict):
             raise ValueError("its metadata are no mapping")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(f"{where}: damaged, or not a manifest of this project ({' '.join(str(error).split())[:100]})") from error
-    missing = [name for name in SCHEMA.names if name not in table.schema.names]
+    missing = [name for name in columns if name not in table.schema.names]
     if missing:
         raise UserError(f"{where}: columns missing: {', '.join(missing)}")
     try:
-        return table.select(SCHEMA.names).cast(SCHEMA), meta
+        return table.select(list(columns)).cast(pa.schema([SCHEMA.field(name) for name in columns])), meta
     except pa.ArrowException as error:
         raise UserError(f"{where}: columns of other types ({' '.join(str(error).split())[:100]})") from error
 
 
-def decode_part(data: bytes, where: str) -> tuple[pa.Table, PartRecord]:
-    table, meta = decode_table(data, where)
+def decode_part(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, PartRecord]:
+    table, meta = decode_table(data, where, columns)
     try:
         tars = tuple(TarRecord(**tar) for tar in meta["tars"])
         record = PartRecord(**{**meta, "tars": tars})

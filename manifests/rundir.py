@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +20,13 @@ import pydantic
 
 from .errors import UserError
 from .recipe import fingerprint
-from .rows import PartRecord, TarRecord, decode_part, decode_table, encode_table
+from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_table
 from .store import Store
 
 MANIFEST = "manifest.parquet"
 RUN = "run.json"
 TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
+PART_NAME = re.compile(r"part-([0-9]{6,})\.parquet")
 FORMAT = 1  # of the run directory; readers refuse others
 
 
@@ -47,10 +48,11 @@ class RunInfo:
     fingerprints: dict[str, str]  # teacher, discretizer, classes, source
     classes: list[str]
     shards: int
-    samples: int
+    samples: int  # as planned; once sealed, the rows of manifest.parquet
     versions: dict[str, str]
     counts: dict[str, int] | None = None  # of each status; None until sealed
     manifest_sha256: str | None = None  # of manifest.parquet; None until sealed
+    missing: dict[str, str] | None = None  # shards that could not be made and were left out by --allow-missing, with the reason
     format: int = FORMAT
 
     @property
@@ -70,27 +72,37 @@ class RunDir:
 
     def info(self) -> RunInfo:
         """Read run.json. Raises UserError when it is missing, damaged or of another format."""
-        if not self.store.exists(RUN):
-            raise UserError(f"{self.store}: no run directory here (no {RUN}); make one with `make shards OUT={self.store}`")
         try:
-            tree = json.loads(self.store.read(RUN))
+            data = self.store.read(RUN)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            where = f"make one with `make shards OUT={self.store}`"
+            raise UserError(f"{self.store}: no run directory here (no {RUN}); {where}") from error
+        try:
+            tree = json.loads(data)
             if tree.get("format") != FORMAT:
                 raise UserError(f"{self.store.where(RUN)}: format {tree.get('format')!r}, this version reads format {FORMAT}")
-            return pydantic.TypeAdapter(RunInfo).validate_json(self.store.read(RUN), strict=True)
+            return pydantic.TypeAdapter(RunInfo).validate_json(data, strict=True)
         except (ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{self.store.where(RUN)}: damaged ({reason}); restore it or make the run anew") from error
 
+    def shards_with_parts(self) -> set[int]:
+        """Numbers of the shards whose part file exists, in one listing; whether it is sound `damage` says."""
+        return {int(match[1]) for name in self.store.names("manifest") if (match := PART_NAME.fullmatch(name))}
+
+    def withdraw(self, shard: int) -> None:
+        """Remove the part file of a damaged shard: it is not done."""
+        self.store.remove(part_name(shard))
+
     def write_info(self, info: RunInfo) -> None:
-        self.store.write(RUN, (json.dumps(asdict(info), indent=2) + "\n").encode())
+        self.store.write(RUN, _encode_info(info))
 
     def claim(self, info: RunInfo) -> None:
         """Write run.json for a fresh run, or make sure that the run already here is the same one.
 
         Raises UserError naming the first field that differs.
         """
-        if not self.store.exists(RUN):
-            self.write_info(info)
+        if not self.store.exists(RUN) and self.store.create(RUN, _encode_info(info)):
             return
         old = self.info()
         for section in ("identity", "fingerprints"):
@@ -105,15 +117,12 @@ class RunDir:
 
     def damage(self, shard: int, run: str, *, content: bool = True) -> str | None:
         """Why a shard is not done, or None when it is. Reads every byte of its tars unless ``content`` is False."""
-        name = part_name(shard)
-        if not self.store.exists(name):
-            return f"{self.store.where(name)}: missing"
         try:
-            _, record = self.part(shard)
+            _, record = self.part(shard, run)
+        except FileNotFoundError:
+            return f"{self.store.where(part_name(shard))}: missing"
         except UserError as error:
             return str(error)
-        if record.shard != shard or record.run != run:
-            return f"{self.store.where(name)}: belongs to another run or shard (shard {record.shard}, run {record.run})"
         return next((why for tar in record.tars if (why := self.tar_damage(tar, content=content))), None)
 
     def tar_damage(self, tar: TarRecord, *, content: bool = True) -> str | None:
@@ -128,23 +137,40 @@ class RunDir:
             return f"{where}: its sha256 is not the one in the manifest (altered or damaged)"
         return None
 
-    def part(self, shard: int) -> tuple[pa.Table, PartRecord]:
-        name = part_name(shard)
-        return decode_part(self.store.read(name), self.store.where(name))
+    def part(self, shard: int, run: str | None = None, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, PartRecord]:
+        """Rows and record of a shard. Raises FileNotFoundError, and UserError for a part that is damaged or not of this shard and run."""
+        where = self.store.where(part_name(shard))
+        rows, record = decode_part(self.store.read(part_name(shard)), where, columns)
+        if run is not None and (record.shard, record.run) != (shard, run):
+            raise UserError(f"{where}: belongs to another run or shard (shard {record.shard}, run {record.run})")
+        return rows, record
 
     def parts(self, shards: Iterable[int]) -> list[tuple[pa.Table, PartRecord]]:
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self.part, shards))
 
-    def seal(self, info: RunInfo, shards: Iterable[int]) -> tuple[pa.Table, list[TarRecord]]:
-        """Join all part files into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars."""
+    def seal(self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None) -> tuple[pa.Table, list[TarRecord]]:
+        """Join the part files of ``shards`` into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars.
+
+        missing: shards that are left out, with the reason; recorded in ``run.json``. Tars that they left behind are removed.
+        """
         parts = self.parts(shards)
         table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
         tars = [tar for _, record in parts for tar in record.tars]
         counts = Counter(table.column("status").to_pylist())
         data = encode_table(table, {"run": info.fingerprint, "tars": [asdict(tar) for tar in tars]})
         self.store.write(MANIFEST, data)
-        self.write_info(replace(info, counts=dict(sorted(counts.items())), manifest_sha256=hashlib.sha256(data).hexdigest()))
+        sealed = replace(
+            info,
+            samples=table.num_rows,
+            counts=dict(sorted(counts.items())),
+            manifest_sha256=hashlib.sha256(data).hexdigest(),
+            missing={str(shard): why for shard, why in sorted(missing.items())} if missing else None,
+        )
+        self.write_info(sealed)
+        for stream in ("clean", "dad") if missing else ():
+            for name in {tar_name(stream, shard) for shard in missing or ()} & {f"{stream}/{name}" for name in self.store.names(stream)}:
+                self.store.remove(name)
         return table, tars
 
     def manifest(self) -> tuple[pa.Table, list[TarRecord]]:
@@ -167,6 +193,10 @@ class RunDir:
         if odd := [tar.name for tar in tars if not TAR_NAME.fullmatch(tar.name)]:
             raise UserError(f"{self.store.where(MANIFEST)}: names {odd[0]!r}, which is no tar of a run directory")
         return table, tars
+
+
+def _encode_info(info: RunInfo) -> bytes:
+    return (json.dumps(asdict(info), indent=2) + "\n").encode()
 
 
 def count_statuses(counts: Mapping[str, int]) -> str:

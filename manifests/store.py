@@ -1,28 +1,36 @@
 """The one place that opens paths and URLs: a directory of files, local or on anything fsspec knows (s3://, gs://, memory://).
 
 A file appears under its final name only when complete: locally by temporary name, fsync and rename; on an object store by
-one PUT.
+one PUT (or a multipart upload, which appears when it is completed). What a store says is never taken from a cache: other
+machines write there too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import UserError
+from .errors import Unwritable, UserError
 
-_CHUNK = 4 << 20
-_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp$")
-_HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
+_CHUNK = 16 << 20  # bytes read at once
+PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
+T = TypeVar("T")
+HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
 
 class Store:
@@ -31,10 +39,15 @@ class Store:
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/")
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+            fs, self.root = _open(self.url, os.getpid())
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: cannot open URLs of this kind ({error})") from error
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.is_local = isinstance(fs, LocalFileSystem)
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system, of this process: a connection does not survive a fork."""
+        return _open(self.url, os.getpid())[0]
 
     def __str__(self) -> str:
         return self.url
@@ -44,19 +57,19 @@ class Store:
         return f"{self.url}/{name}"
 
     def exists(self, name: str = "") -> bool:
-        return bool(self.fs.exists(self._full(name)))
+        return self._ask(name, lambda fs, path: bool(fs.exists(path)))
 
     def size(self, name: str) -> int:
         """Bytes. Raises FileNotFoundError."""
-        return int(self.fs.size(self._full(name)))
+        return self._ask(name, lambda fs, path: int(fs.size(path)))
 
     def open(self, name: str) -> IO[bytes]:
-        file: IO[bytes] = self.fs.open(self._full(name), "rb")
-        return file
+        """A file to read from, anywhere in it. Raises FileNotFoundError."""
+        return open(self._full(name), "rb") if self.is_local else io.BufferedReader(_RemoteFile(self, name), _CHUNK)
 
     def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
+        """The whole file. Raises FileNotFoundError."""
+        return self._ask(name, lambda fs, path: bytes(fs.cat_file(path)))
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``, or fewer at the end of the file. Local files stay open for the next read.
@@ -64,48 +77,108 @@ class Store:
         Raises FileNotFoundError.
         """
         if not self.is_local:
-            data: bytes = self.fs.cat_file(self._full(name), start=offset, end=offset + size)
-            return data
+            return self._ask(name, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
         path = self._full(name)
         found = Path(path).stat()  # a file that was replaced is opened anew
         return os.pread(_descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns).fileno(), size, offset)
 
+    def advise(self, name: str) -> None:
+        """Tell the kernel that a whole local file will be read soon. Raises FileNotFoundError."""
+        if self.is_local and hasattr(os, "posix_fadvise"):
+            with self.open(name) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in a folder, without temporary ones; empty if there is no such folder."""
-        if not self.exists(folder):
-            return []
-        found = (os.path.basename(path) for path in self.fs.ls(self._full(folder), detail=False))
-        return sorted(name for name in found if not _TEMPORARY.match(name))
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file directly in a folder, by name, in one listing; without temporary files and folders."""
+        try:
+            found = self._ask(folder, lambda fs, path: fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return {}
+        named = ((os.path.basename(entry["name"]), entry) for entry in found if entry["type"] == "file")
+        return {name: int(entry["size"]) for name, entry in named if name and not _TEMPORARY.match(name)}
 
     def modified(self, name: str) -> float:
-        """Time of last change, seconds since the epoch."""
-        return float(self.fs.modified(self._full(name)).timestamp())
+        """Time of last change by the store's clock, seconds since the epoch. Raises FileNotFoundError."""
+        return self._ask(name, lambda fs, path: float(fs.modified(path).timestamp()))
 
     def sha256(self, name: str) -> str:
+        """Reads the file in pieces. Raises FileNotFoundError."""
         digest = hashlib.sha256()
-        with self.open(name) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        for offset in range(0, self.size(name), _CHUNK):
+            digest.update(self.read_range(name, offset, _CHUNK))
         return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically, replacing any of that name.
 
-        Raises UserError when the disk is full or the place is not writable; what was there before is then untouched.
+        Raises Unwritable when the disk is full or the place is not writable; what was there before is then untouched.
         """
-        try:
+        with self._writing(name):
             if self.is_local:
-                _write_local(Path(self._full(name)), data)
+                _write_local(Path(self._full(name)), data, os.replace)
             else:
-                self.fs.pipe_file(self._full(name), data)
+                self._ask(name, lambda fs, path: fs.pipe_file(path, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file atomically unless there is one of that name already; returns whether this call made it.
+
+        Of several processes on several machines one wins; on an object store without conditional PUTs more than one may.
+        """
+        with self._writing(name):
+            if self.is_local:
+                return _write_local(Path(self._full(name)), data, _link)
+            try:
+                self._ask(name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
+            except FileExistsError:
+                return self.read(name) == data  # ours: an answer that got lost was asked for again
+            return True
+
+    def remove(self, name: str) -> None:
+        """Remove a file; none of that name is no error."""
+        with self._writing(name), contextlib.suppress(FileNotFoundError):
+            self._ask(name, lambda fs, path: Path(path).unlink() if self.is_local else fs.rm_file(path))
+
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder when nothing is left in it. Object stores know no folders."""
+        if self.is_local:
+            with contextlib.suppress(OSError):  # not empty: somebody else uses it
+                Path(self._full(folder)).rmdir()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
+            if not self.is_local:
+                raise Unwritable(f"{self.where(name)}: cannot write here ({error}); choose another place") from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
+                raise Unwritable(
                     f"{self.where(name)}: the disk is full; free some space and run the same command again (finished shards are kept)"
                 ) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-                raise UserError(f"{self.where(name)}: cannot write here ({error.strerror}); choose another place") from error
+                raise Unwritable(f"{self.where(name)}: cannot write here ({error.strerror}); choose another place") from error
             raise
+
+    def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
+        """``request(file system, path)``. An object store that fails is asked again, beyond what its client does by itself.
+
+        Raises Unwritable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
+        """
+        for pause in PAUSES if not self.is_local else ():
+            try:
+                return request(self.fs, self._full(name))
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
+                if pause is None or isinstance(error, PermissionError):
+                    reason = " ".join(str(error).split())[:160] or type(error).__name__
+                    raise Unwritable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
+                time.sleep(pause)
+        return request(self.fs, self._full(name))
 
     def remove_stale_temporaries(self) -> None:
         """Remove temporary files that dead processes of this host left behind."""
@@ -113,11 +186,39 @@ class Store:
             return
         for path in Path(self.root).rglob(".*.tmp"):
             match = _TEMPORARY.match(path.name)
-            if match and match["host"] == _HOST and not _alive(int(match["pid"])):
+            if match and match["host"] == HOST and not alive(int(match["pid"])):
                 path.unlink(missing_ok=True)
 
     def _full(self, name: str) -> str:
         return f"{self.root}/{name}".rstrip("/")
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of an object store, read in ranges: each is asked for again when the connection breaks."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._position, self._size = 0, store.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(min(len(buffer), self._size - self._position), 0)
+        data = self._store.read_range(self._name, self._position, wanted) if wanted else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 @lru_cache(maxsize=256)
@@ -126,15 +227,23 @@ def _descriptor(path: str, _pid: int, _inode: int, _modified: int) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _write_local(path: Path, data: bytes) -> None:
+@lru_cache(maxsize=64)
+def _open(url: str, _pid: int) -> tuple[Any, str]:
+    """File system and root of a URL, for one process."""
+    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, root
+
+
+def _write_local(path: Path, data: bytes, place: Callable[[Path, Path], bool | None]) -> bool:
+    """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and what is there stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{_HOST}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        placed = place(temporary, path) is not False
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -142,13 +251,28 @@ def _write_local(path: Path, data: bytes) -> None:
         os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
+    return placed
 
 
-def _alive(pid: int) -> bool:
+def _link(temporary: Path, path: Path) -> bool:
+    """A second name for the file, which the file system refuses when there is one already."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: not exclusive, and nothing depends on that
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine still runs. One that was killed and not yet collected by its parent does not."""
     try:
         os.kill(pid, 0)
+        return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):  # somebody else's; or a system without /proc
         return True
-    return True

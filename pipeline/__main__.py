@@ -33,13 +33,19 @@ out_argument = click.argument("out", metavar="OUT")
 @recipe_option
 @data_option
 @click.option("--out", default="data/demo", show_default=True, metavar="DIR|URL", help="The run directory, local or any fsspec URL.")
+@click.option("--launcher", type=click.Choice(["local", "slurm", "ray"]), help="Who makes the shards. [default: what the recipe says]")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes, array tasks or actors. [default: one per GPU]")
+@click.option("--allow-missing", is_flag=True, help="Seal even when some shards could not be made; run.json records which and why.")
 @set_option
-def generate(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) -> None:
-    """Make the shards of a recipe, or those that are still missing."""
-    settings = load(recipe, [*as_overrides({"source.data": data}), *overrides])
+def generate(
+    recipe: str, data: str | None, out: str, launcher: str | None, workers: int | None, allow_missing: bool, overrides: tuple[str, ...]
+) -> None:
+    """Make the shards of a recipe, or those that are still missing. The same command on another machine helps."""
+    options = {"source.data": data, "launch.launcher": launcher, "launch.workers": workers}
+    settings = load(recipe, [*as_overrides(options), *overrides])
     from .generate import make_shards  # not at the top: --help need not wait for matplotlib and the like
 
-    make_shards(settings, out)
+    make_shards(settings, out, allow_missing=allow_missing)
 
 
 @main.command()
@@ -58,14 +64,18 @@ def plan(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) ->
 @main.command()
 @out_argument
 @click.option("--content", is_flag=True, help="Compare checksums too, not only sizes.")
-@click.option("--watch", is_flag=True, help="Print again every 10 seconds until interrupted.")
+@click.option("--watch", is_flag=True, help="Print again every 10 seconds until it is sealed.")
 def status(out: str, content: bool, watch: bool) -> None:
-    """Say what OUT holds: shards done, missing, damaged; verified rate, speed, time to go."""
-    from .status import status_lines
+    """Say what OUT holds: shards done, running, failed, missing, damaged; verified rate, speed, time to go. From any machine."""
+    from manifests import RunDir
 
+    from .status import Survey, status_lines
+
+    survey = Survey(RunDir(out))
     while True:
-        click.echo("\n".join(status_lines(out, content=content)))
-        if not watch:
+        state = survey.look(tars=True, content=content)
+        click.echo("\n".join(status_lines(out, state)))
+        if not watch or state.sealed:
             return
         time.sleep(10)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from shards import ImageFormat, decode_image, encode_image
 from shards.codec import to_float, to_uint8
+from shards.views import view_images
 
 from .attack import Attacked, attack, verified
 from .models import Models
@@ -27,14 +28,24 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Stored:
+    """x'' after the image codec."""
+
+    data: bytes
+    pixels: torch.Tensor  # as a reader will decode it, uint8 [3, S, S]
+    views: torch.Tensor | None  # of `pixels`, uint8 [V, 3, S, S]
+
+
+@dataclass(frozen=True)
 class AttackedBatch:
     """B usable samples, attacked; x'' is on its way through the image codec."""
 
     y: torch.Tensor  # [B]
     clean_logits: torch.Tensor  # [B, classes]
+    clean_labels: torch.Tensor  # soft ones, [B, classes] or [B, V, classes]
     attacked: Attacked
     attacked_loss: torch.Tensor | None  # [B]
-    stored: list[Future[tuple[bytes, torch.Tensor]]]  # x'' as stored, and as a reader will decode it: uint8 [3, S, S]
+    stored: list[Future[Stored]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ class JudgedBatch:
     """Verdicts on their way from the device."""
 
     columns: dict[str, torch.Tensor]  # [B], on the CPU once `ready`
-    clean_logits: torch.Tensor  # float16 [B, classes]
-    dad_logits: torch.Tensor
+    clean_labels: torch.Tensor  # soft ones, float16 [B, classes] or [B, V, classes]
+    dad_labels: torch.Tensor
     codes: torch.Tensor  # [B, h, w]
     images: list[bytes]
     ready: Callable[[], None]
@@ -54,8 +65,8 @@ class Result:
     """What became of one sample."""
 
     row: Row
-    clean_logits: np.ndarray  # float16 [classes]
-    dad_logits: np.ndarray
+    clean_labels: np.ndarray  # soft ones, float16 [classes] or [V, classes]
+    dad_labels: np.ndarray
     image: bytes  # x'' as stored
     codes: np.ndarray  # uint16 [h, w]
 
@@ -67,25 +78,28 @@ def attack_batch(samples: list[Prepared], recipe: Recipe, models: Models, codec:
     y = models.send(torch.tensor([sample.source.label for sample in samples]))
     with torch.no_grad():
         clean_logits = models.teacher(x)
+    clean_labels = _view_logits([sample.view_pixels for sample in samples], models, clean_logits)
     attacked = attack(x, y, models.teacher, models.discretizer, recipe.attack, noise)
     pixels, ready = models.fetch(to_uint8(attacked.adversarial))
-    stored = [codec.submit(_store, pixels, i, ready, recipe.output.image) for i in range(len(samples))]
+    stored = [codec.submit(_store, pixels, i, ready, recipe.output.image, sample.views) for i, sample in enumerate(samples)]
     loss = None
     if recipe.output.attacked_loss:
         with torch.no_grad():
             loss = F.cross_entropy(models.teacher(attacked.perturbed), y, reduction="none")
-    return AttackedBatch(y, clean_logits, attacked, loss, stored)
+    return AttackedBatch(y, clean_logits, clean_labels, attacked, loss, stored)
 
 
 def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
     """Steps 4 to 6: what is verified and labelled is the image as a reader of the shard will see it."""
     stored = [future.result() for future in batch.stored]
-    seen = to_float(models.send(torch.stack([pixels for _, pixels in stored])))
+    seen = to_float(models.send(torch.stack([image.pixels for image in stored])))
     with torch.no_grad():
         dad_logits = models.teacher(seen).half()  # judge what is stored, not what was computed
-    clean_logits, attacked = batch.clean_logits.half(), batch.attacked
+    dad_labels = _view_logits([image.views for image in stored], models, dad_logits).half()
+    clean_logits, clean_labels, attacked = batch.clean_logits.half(), batch.clean_labels.half(), batch.attacked
+    finite = [logits.isfinite().flatten(1).all(1) for logits in (clean_logits, dad_logits, clean_labels, dad_labels)]
     columns: dict[str, torch.Tensor] = {
-        "finite": (clean_logits.isfinite() & dad_logits.isfinite()).all(1),
+        "finite": torch.stack(finite).all(0),
         "good": verified(dad_logits, batch.y),
         "delta_l2": (attacked.perturbed - attacked.discrete).flatten(1).norm(dim=1),
     }
@@ -97,10 +111,10 @@ def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
     if attacked.codes.numel():
         columns["codes_changed"] = (attacked.codes != attacked.codes_discrete).flatten(1).float().mean(1)
     fetched = {name: models.fetch(column)[0] for name, column in columns.items()}
-    clean, _ = models.fetch(clean_logits)
-    dad, _ = models.fetch(dad_logits)
+    clean, _ = models.fetch(clean_labels)
+    dad, _ = models.fetch(dad_labels)
     codes, ready = models.fetch(attacked.codes)  # the last: when it is here, so are the others
-    return JudgedBatch(fetched, clean, dad, codes, [data for data, _ in stored], ready)
+    return JudgedBatch(fetched, clean, dad, codes, [image.data for image in stored], ready)
 
 
 def collect(batch: JudgedBatch) -> list[Result]:
@@ -117,11 +131,22 @@ def collect(batch: JudgedBatch) -> list[Result]:
         elif not good:
             row |= {"status": "rejected", "reason": f"the teacher sees class {row['dad_pred']}"}
         codes = batch.codes[i].numpy().astype(np.uint16)
-        results.append(Result(row, batch.clean_logits[i].numpy(), batch.dad_logits[i].numpy(), data, codes))
+        results.append(Result(row, batch.clean_labels[i].numpy(), batch.dad_labels[i].numpy(), data, codes))
     return results
 
 
-def _store(images: torch.Tensor, i: int, ready: Callable[[], None], settings: ImageFormat) -> tuple[bytes, torch.Tensor]:
+def _view_logits(views: list[torch.Tensor | None], models: Models, canvas: torch.Tensor) -> torch.Tensor:
+    """The teacher's logits [B, V, classes] on the views of B images, uint8 [V, 3, S, S] each; where there are none, those of the canvas."""
+    given = [pixels for pixels in views if pixels is not None]
+    if not given:
+        return canvas
+    with torch.no_grad():
+        each = [models.teacher(to_float(models.send(torch.stack([pixels[v] for pixels in given])))) for v in range(len(given[0]))]
+    return torch.stack(each, dim=1)
+
+
+def _store(images: torch.Tensor, i: int, ready: Callable[[], None], settings: ImageFormat, views: np.ndarray | None) -> Stored:
     ready()
     data = encode_image(images[i], settings)
-    return data, decode_image(data)
+    pixels = decode_image(data)
+    return Stored(data, pixels, None if views is None else view_images(pixels, views))

@@ -19,15 +19,17 @@ LARGEST = 1024
 WORTH_IT = 1.03  # a larger batch must be this much faster
 
 
-def resolve_batch(recipe: Recipe, models: Models, out: RunDir) -> Recipe:
-    """A recipe whose ``batch`` is a number: its own, that of the run already in ``out``, or the one found here.
+def resolve_batch(recipe: Recipe, out: RunDir, models: Models | None) -> Recipe:
+    """A recipe whose ``batch`` is a number: its own, that of the run already in ``out``, or the one found on the models' device.
 
-    Raises UserError when not even one image fits.
+    models: None when they will be elsewhere. Raises UserError when nothing says what would fit there, or not even one image does.
     """
     if recipe.batch:
         return recipe
     if out.store.exists(RUN):
         return replace(recipe, batch=int(out.info().recipe["batch"]))
+    if models is None:
+        raise UserError("batch: 0 is found on the device that will do the work, and that is elsewhere; run `python -m pipeline plan` there")
     batch = find_batch(recipe, models)
     click.echo(f"batch: {batch} images per model call", err=True)
     return replace(recipe, batch=batch)

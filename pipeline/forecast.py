@@ -101,7 +101,7 @@ def _speed_lines(recipe: Recipe, models: Models, out: str, found: Forecast, stan
     flops = {part.name: part.times * count_flops(part.call) for part in parts}
     work = ", ".join(f"{part.name} x{part.times} {flops[part.name] / 1e9:,.1f}" for part in parts)
     found.lines.append(f"work        {sum(flops.values()) / 1e9:,.1f} GFLOP an image: {work}")
-    batch = (found.attempt(lambda: resolve_batch(recipe, models, RunDir(out))) or replace(recipe, batch=1)).batch
+    batch = (found.attempt(lambda: resolve_batch(recipe, RunDir(out), models)) or replace(recipe, batch=1)).batch
     if models.device.type != "cuda":
         batch = min(batch, max(1, round(5e12 / sum(flops.values()))))  # some seconds of a CPU
     eager = images_per_second(recipe, models, batch)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests import RunDir, RunInfo, UserError
+from manifests.claims import clear, forget, look
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
-from manifests.rundir import MANIFEST, RUN, count_statuses, part_name
+from manifests.rundir import MANIFEST, RUN, count_statuses
 
 from .batch_job import Row
+from .batch_size import resolve_batch
 from .card import CARD, dataset_card
 from .classes import ClassList, find_classes
-from .gallery import GALLERY, make_gallery
-from .models import Models, load_models
+from .gallery import GALLERY
+from .launchers import find_launcher
+from .launchers.local import devices
+from .models import Models, fingerprints, load_models
 from .recipe import Recipe
-from .shard_job import run_shard
 from .sources import SourcePlan, plan_source
+from .status import Survey
+from .worker import Work, unfinished, work_through
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "taming-transformers", "timm", "pillow", "numpy", "pyarrow")
 
@@ -34,21 +42,26 @@ class Job:
     recipe: Recipe
     classes: ClassList
     plan: SourcePlan
-    models: Models
+    models: Models | None  # None: workers load their own
     info: RunInfo
     out: RunDir
 
 
 def prepare_job(recipe: Recipe, out: str) -> Job:
-    """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit."""
+    """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit.
+
+    Where workers make the shards, the models' weights are read all the same, for their fingerprints.
+    """
     run = RunDir(out)
+    here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
-    models = load_models(recipe, classes)
+    models = load_models(recipe, classes) if here else None
+    recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
     info = RunInfo(
         recipe=as_tree(recipe),
         identity=identity(recipe),
-        fingerprints=models.fingerprints() | {"classes": classes_fingerprint, "source": plan.fingerprint},
+        fingerprints=fingerprints(recipe, classes, models) | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),
         shards=len(plan.pieces),
         samples=plan.samples,
@@ -57,61 +70,124 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     return Job(recipe, classes, plan, models, info, run)
 
 
-def make_shards(recipe: Recipe, out: str) -> None:
-    """Make, or finish, the run directory ``out``.
+def _on_first_device(recipe: Recipe, classes: ClassList, run: RunDir) -> Models | None:
+    """Models to find the batch size with, where this machine's processes will use them: None where it is known, or they are elsewhere."""
+    if recipe.batch or run.store.exists(RUN) or recipe.launch.launcher != "local":
+        return None
+    return load_models(replace(recipe, device=devices(recipe)[0]), classes)
 
-    Raises UserError when ``out`` holds another run, or when more than ``max_errors`` of the samples failed (everything
-    else is then done and sealed).
+
+def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> None:
+    """Make, or finish, the run directory ``out``. Several such commands at once, on several machines, share the work.
+
+    Raises UserError when ``out`` holds another run, when shards could not be made (everything else is then done, and sealed
+    only if ``allow_missing``), or when more than ``max_errors`` of the samples failed (everything is then sealed).
     """
+    find_launcher(recipe.launch.launcher)  # refuses one that is not installed before anything is written
     job = prepare_job(recipe, out)
     job.out.claim(job.info)
     job.out.store.remove_stale_temporaries()
-    todo, done = _missing(job)
-    counts: Counter[str] = Counter()
-    if todo:
-        where = job.models.device.type
-        click.echo(f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, on {where}")
-    with progress(job.plan.samples, "generating", "img", initial=done) as bar:
-
-        def report(rows: list[Row]) -> None:
-            counts.update(row["status"] for row in rows)
-            judged = counts["verified"] + counts["rejected"]
-            if judged:
-                bar.set_postfix_str(f"{100 * counts['verified'] / judged:.0f}% verified", refresh=False)
-            bar.update(len(rows))
-
-        for shard in todo:
-            run_shard(shard, job.plan.pieces[shard], recipe, job.classes, job.models, job.out, job.info.fingerprint, report)
+    sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
+    todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
+    work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
+    missing: dict[int, str] = {}
+    if todo or not job.out.store.exists(GALLERY):
+        where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"
+        click.echo(f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}")
+        missing = _make_missing(job, work, sum(job.plan.pieces[shard].count for shard in sound))
+    if missing and (not allow_missing or len(missing) == job.info.shards):
+        raise UserError(
+            _describe(job, missing, "everything else is done; run the same command again, or seal without with --allow-missing")
+        )
     if todo or not _sealed(job):
-        seal(job)
+        seal(job, missing)
+    if not missing:
+        clear(job.out.store)
+    else:
+        click.echo(f"note: {_describe(job, missing, f'sealed without, as {RUN} records')}", err=True)
     _conclude(job)
 
 
-def seal(job: Job) -> None:
-    """Write manifest.parquet, run.json, the dataset card and the gallery of a complete run."""
-    store = job.out.store
-    table, tars = job.out.seal(job.info, range(job.info.shards))
-    store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
-    store.write(GALLERY, make_gallery(table, job.plan.pieces[0], job.recipe, job.classes, job.models))
+def seal(job: Job, missing: Mapping[int, str]) -> None:
+    """Write manifest.parquet, run.json and the dataset card of a run that is complete but for ``missing`` shards."""
+    shards = [shard for shard in range(job.info.shards) if shard not in missing]
+    table, tars = job.out.seal(job.info, shards, missing)
+    job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
+    if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():  # large sources are planned without reading every key
+        click.echo(f"note: {repeated} keys occur more than once; to join by key, make it anew with source.keys=place", err=True)
 
 
-def _missing(job: Job) -> tuple[list[int], int]:
-    """Shards to make, and how many samples the finished ones hold. Names those that were done once and are damaged now."""
-    todo, done = [], 0
-    for shard, piece in enumerate(job.plan.pieces):
-        why = job.out.damage(shard, job.info.fingerprint)
-        if why is None:
-            done += piece.count
-            continue
-        todo.append(shard)
-        if job.out.store.exists(part_name(shard)):
-            click.echo(f"shard {shard} is made anew: {why}", err=True)
-    return todo, done
+def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[int]:
+    """Those of the shards that are done, by reading every byte. From the others the part file is withdrawn: they will be made anew."""
+    shards, sound = sorted(candidates), set()
+    with ThreadPoolExecutor(8) as pool, progress(len(shards), "checking", "shard", quick=True) as bar:
+        for shard, why in zip(shards, pool.map(lambda shard: out.damage(shard, info.fingerprint), shards), strict=True):
+            bar.update()
+            if why is None:
+                sound.add(shard)
+            else:
+                out.withdraw(shard)
+                click.echo(f"shard {shard} is made anew: {why}", err=True)
+    return sound
+
+
+def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
+    """Run workers until every shard of the work is sound or given up; returns those that are not there, with the reason.
+
+    done: samples of the shards that were there before.
+    """
+    for shard in look(job.out.store).failed:  # of an earlier command: every command tries anew
+        forget(job.out.store, shard)
+    missing: dict[int, str] = {}
+    while True:
+        _run_workers(job, work, done)
+        left, given_up = unfinished(work, job.out)
+        missing |= {shard: f"failed {failure.tries} times: {failure.reason}" for shard, failure in given_up.items()}
+        missing |= dict.fromkeys(left, "no worker was left to make it")
+        # Read back once, whoever made it: two workers at one shard may have mixed their files
+        made = set(work.todo) - missing.keys()
+        work = replace(work, todo=tuple(sorted(made - sound_shards(job.out, job.info, made))))
+        if not work.todo:
+            return missing
+
+
+def _run_workers(job: Job, work: Work, done: int) -> None:
+    with progress(job.plan.samples, "generating", "img", initial=done) as bar:
+
+        def show(counts: Mapping[str, int], samples: int) -> None:
+            judged = counts["verified"] + counts["rejected"]
+            if judged:
+                bar.set_postfix_str(f"{100 * counts['verified'] / judged:.0f}% verified", refresh=False)
+            bar.update(max(samples, 0))
+
+        if job.models is not None:
+            counts: Counter[str] = Counter()
+
+            def report(rows: list[Row]) -> None:
+                counts.update(row["status"] for row in rows)
+                show(counts, len(rows))
+
+            work_through(work, models=job.models, report=report)
+            return
+        survey = Survey(job.out)
+
+        def watch() -> int:
+            state = survey.look()
+            show(state.counts, state.counts.total() - int(bar.n))
+            return len(state.done)
+
+        find_launcher(work.recipe.launch.launcher)(work, watch)
+        watch()
+
+
+def _describe(job: Job, missing: Mapping[int, str], consequence: str) -> str:
+    first = min(missing)
+    return f"{job.out}: {len(missing)} of {job.info.shards} shards could not be made, the first {first}: {missing[first]}; {consequence}"
 
 
 def _sealed(job: Job) -> bool:
     store = job.out.store
-    if not all(store.exists(name) for name in (MANIFEST, CARD, GALLERY)):
+    if not all(store.exists(name) for name in (MANIFEST, CARD)):
         return False
     try:
         job.out.manifest()

@@ -15,6 +15,7 @@ from manifests import UserError
 from manifests.devices import choose_device, use_bf16
 
 from .classes import ClassList
+from .diffusion import load_diffusion
 from .discretizer import load_discretizer
 from .recipe import Discretizer, Recipe
 from .teacher import Teacher, load_teacher, weights_fingerprint
@@ -60,9 +61,6 @@ class Models:
         event.record(torch.cuda.current_stream(self.device))
         return target, event.synchronize
 
-    def fingerprints(self) -> dict[str, str]:
-        return {"teacher": weights_fingerprint(self.teacher_model), "discretizer": weights_fingerprint(self.discretizer_model)}
-
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -73,6 +71,13 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     return join(load_teacher(recipe.teacher, classes, device), build_discretizer(recipe.discretizer), recipe, device)
+
+
+def fingerprints(recipe: Recipe, classes: ClassList, models: Models | None = None) -> dict[str, str]:
+    """Of both models' weights; where there are no models yet, they are read, on the CPU and without embedding the class names."""
+    teacher = models.teacher_model if models else load_teacher(recipe.teacher, classes, with_head=False)
+    discretizer = models.discretizer_model if models else build_discretizer(recipe.discretizer)
+    return {"teacher": weights_fingerprint(teacher), "discretizer": weights_fingerprint(discretizer)}
 
 
 def join(teacher: Teacher, discretizer: nn.Module, recipe: Recipe, device: torch.device) -> Models:
@@ -94,6 +99,8 @@ def join(teacher: Teacher, discretizer: nn.Module, recipe: Recipe, device: torch
 
 def build_discretizer(settings: Discretizer) -> nn.Module:
     """The discretizer of a recipe, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    if settings.kind == "diffusion":
+        return load_diffusion(settings.diffusion, settings.weights)
     return load_discretizer(settings.config, settings.weights, settings.kind)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shards import decode_image, encode_image
 from shards.canvas import BadImage, load_canvas
+from shards.views import draw_views, view_images
 
 from .attack import draw_noise
 from .classes import ClassList
@@ -24,6 +26,8 @@ class Prepared:
     clean_bytes: bytes = b""  # as stored
     clean: torch.Tensor | None = None  # as a reader will decode it, uint8 [3, S, S]
     noise: torch.Tensor | None = None  # its random start, float32 [3, S, S]
+    views: np.ndarray | None = None  # VIEW records [V]; None for the whole canvas alone
+    view_pixels: torch.Tensor | None = None  # the views of `clean`, uint8 [V, 3, S, S]
     problem: str | None = None
 
 
@@ -36,10 +40,12 @@ def prepare_sample(source: SourceSample, recipe: Recipe) -> Prepared:
     except BadImage as error:
         return Prepared(source, problem=str(error))
     noise = draw_noise([source.key], canvas.shape, recipe.attack, recipe.seed)[0]
-    if not recipe.output.clean_images:
-        return Prepared(source, b"", canvas, noise)
-    data = encode_image(canvas, recipe.output.image)
-    return Prepared(source, data, decode_image(data), noise)
+    data, clean = b"", canvas
+    if recipe.output.clean_images:
+        data = encode_image(canvas, recipe.output.image)
+        clean = decode_image(data)
+    views = draw_views(source.key, recipe.seed, recipe.views, recipe.canvas)
+    return Prepared(source, data, clean, noise, views, None if views is None else view_images(clean, views))
 
 
 def prepare(piece: Piece, recipe: Recipe, classes: ClassList) -> Iterator[Prepared]:

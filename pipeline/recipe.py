@@ -10,8 +10,10 @@ from pydantic import Field
 
 from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
 from shards import ImageFormat
+from shards.views import ViewSettings
 
 from .attack import AttackSettings
+from .diffusion import DiffusionConfig
 from .discretizer import NamedConfig, VQGANConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -52,14 +54,16 @@ class Teacher:
 
 @recipe_dataclass
 class Discretizer:
-    """The VQGAN that turns images into codes and back."""
+    """The VQGAN that turns images into codes and back, or what stands in its place."""
 
-    kind: Literal["vqgan", "identity"] = "vqgan"
-    """identity: no discretization, plain adversarial examples."""
+    kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
+    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion, image to image (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
     """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one of others), or `random`."""
     config: NamedConfig = VQGANConfig()
     """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
 
 @recipe_dataclass
@@ -77,6 +81,21 @@ class Output:
 
 
 @recipe_dataclass
+class Launch:
+    """Who makes the shards. Changes nothing about what comes out."""
+
+    launcher: Annotated[Literal["local", "slurm", "ray"], Execution] = "local"
+    """local: processes on this machine, one per GPU. slurm: an array job. ray: actors on the cluster of RAY_ADDRESS, or on this machine."""
+    workers: Annotated[int | None, Field(ge=1), Execution] = None
+    """local: how many processes; None: one per GPU, or one on the CPU. slurm: tasks of the array; None: 8. ray: actors; None: one per GPU
+    of the cluster, or per `threads` of its CPUs."""
+    retries: Annotated[int, Field(ge=0), Execution] = 2
+    """How often a shard that fails, or whose worker dies, is tried again before it is reported."""
+    slurm: Annotated[dict[str, str | int | bool], Execution] = Field(default_factory=dict)
+    """Options of the array job by their sbatch names, with `_` for `-`: `partition`, `account`, `time` (minutes), `gpus_per_task` …"""
+
+
+@recipe_dataclass
 class Recipe:
     """Everything that decides what a run directory will hold."""
 
@@ -84,6 +103,8 @@ class Recipe:
     teacher: Teacher
     discretizer: Discretizer
     attack: AttackSettings = AttackSettings()
+    views: ViewSettings = ViewSettings()
+    """Soft labels of several crops of each image (one forward pass of the teacher each), or of the whole canvas alone, as the paper."""
     output: Output = Output()
     canvas: Annotated[int, Field(ge=16)] = 224
     """Side of the square images, in pixels: shorter side resized to it, then centre-cropped."""
@@ -101,9 +122,11 @@ class Recipe:
     device: Annotated[str, Execution] = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
     threads: Annotated[int | None, Field(ge=1), Execution] = None
-    """CPU threads of the models. None: all cores."""
+    """CPU threads of the models. None: all cores, shared by the workers of a machine."""
     codec_threads: Annotated[int | None, Field(ge=1), Execution] = None
     """CPU threads that decode the sources, and as many that encode x'', beside the models. None: half of the cores, at most 16."""
+    launch: Launch = Launch()
+    """Where the shards are made."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:

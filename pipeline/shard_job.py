@@ -16,11 +16,14 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from manifests import RunDir
 from manifests.rows import PartRecord, TarRecord, encode_part
 from manifests.rundir import part_name, tar_name
 from shards import TarWriter
 from shards.codec import encode_array
+from shards.views import soft_label_members
 
 from .batch_job import AttackedBatch, JudgedBatch, Result, Row, attack_batch, collect, judge_batch
 from .classes import ClassList
@@ -180,18 +183,22 @@ def _add(sample: Prepared, result: Result | None, shard: _Shard, recipe: Recipe)
         return row
     shard.keys.add(key)
     image = recipe.output.image.format
-    members = {"cls": label, "logits.npy": encode_array(result.clean_logits)}
+    members = {"cls": label, **_soft_labels(result.clean_labels, sample, recipe)}
     if recipe.output.clean_images:
         members = {image: sample.clean_bytes} | members
     extent = shard.clean.add(key, members)
     row |= {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
     if row["status"] == "verified":
-        members = {image: result.image, "cls": label, "logits.npy": encode_array(result.dad_logits)}
+        members = {image: result.image, "cls": label, **_soft_labels(result.dad_labels, sample, recipe)}
         if recipe.output.codes:
             members["codes.npy"] = encode_array(result.codes)
         extent = shard.dad.add(key, members)
         row |= {"dad_offset": extent.offset, "dad_size": extent.size, "dad_crc32": extent.crc32}
     return row
+
+
+def _soft_labels(logits: np.ndarray, sample: Prepared, recipe: Recipe) -> dict[str, bytes]:
+    return soft_label_members(logits if sample.views is not None else logits[None], sample.views, recipe.views)
 
 
 def _commit(shard: _Shard, out: RunDir, run: str) -> list[Row]:

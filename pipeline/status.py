@@ -1,55 +1,142 @@
-"""What a run directory holds at this moment: done, missing, damaged, how fast, how long yet."""
+"""What a run directory holds at this moment: done, running, failed, missing, damaged, how fast, how long yet. From any machine."""
 
 from __future__ import annotations
 
 import datetime
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-from manifests import RunDir
+from manifests import RunDir, RunInfo, UserError
+from manifests.claims import SILENT, Claim, Failure, claim_age, look, read_claim, read_failure
+from manifests.rows import PartRecord
 from manifests.rundir import MANIFEST, count_statuses, part_name
 
 
-def status_lines(out: str, *, content: bool = False) -> list[str]:
-    """Plain lines for a person. Sizes are compared always, checksums only if ``content``. Raises UserError when there is no run."""
-    run = RunDir(out)
-    info = run.info()
-    counts: Counter[str] = Counter()
-    times, missing, damaged = [], [], []
-    for shard in range(info.shards):
-        why = run.damage(shard, info.fingerprint, content=content)
-        if why is None:
-            table, _ = run.part(shard)
-            counts.update(table.column("status").to_pylist())
-            times.append((run.store.modified(part_name(shard)), table.num_rows))
-        elif run.store.exists(part_name(shard)):
-            damaged.append(why)
-        else:
-            missing.append(shard)
-    done = len(times)
-    lines = [f"{out}: {done} of {info.shards} shards done, {len(missing)} missing, {len(damaged)} damaged"]
-    lines += [f"  damaged: {why}" for why in damaged]
-    if missing:
-        lines.append(f"  missing: {_ranges(missing)}")
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """One look at a run directory."""
+
+    info: RunInfo
+    sealed: bool
+    counts: Counter[str]  # samples by status, of shards that are done and, so far, of those in the making
+    done: frozenset[int]
+    missing: list[int]
+    damaged: list[str]  # why, one line each
+    failed: list[Failure]
+    running: list[tuple[Claim, float]]  # and for how many seconds its worker has been silent
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of all workers that are at work now. Idle times never count."""
+        return sum(claim.rate for claim, silence in self.running if silence <= SILENT)
+
+
+class Survey:
+    """Looks at one run directory again and again; every part file is read once."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._parts: dict[tuple[int, int], tuple[PartRecord, Counter[str]] | str] = {}  # by shard and size: what it says, or why not
+        self._signs: dict[int, tuple[Claim, float]] = {}  # last sign of life of each claim, and when it was given, on this machine's clock
+
+    def look(self, *, tars: bool = False, content: bool = False) -> State:
+        """tars: compare the sizes of all tars with the record, and with ``content`` their checksums. Raises UserError for no run."""
+        info = self._run.info()
+        parts = self._read_parts(info)
+        damaged = {shard: why for shard, why in parts.items() if isinstance(why, str)}
+        if tars:
+            sizes = {f"{stream}/{name}": size for stream in ("clean", "dad") for name, size in self._run.store.sizes(stream).items()}
+            whole = {shard: part[0] for shard, part in parts.items() if not isinstance(part, str)}
+            damaged |= {shard: why for shard, record in whole.items() if (why := self._tar_damage(record, sizes, content))}
+        counts: Counter[str] = Counter()
+        for shard, part in parts.items():
+            if shard not in damaged and not isinstance(part, str):
+                counts.update(part[1])
+        board = look(self._run.store)
+        claimed = sorted(board.running - parts.keys())
+        running = [(claim, self._silence(claim)) for shard in claimed if (claim := read_claim(self._run.store, shard))]
+        for claim, _ in running:
+            counts.update(verified=claim.verified, rejected=claim.rejected, error=claim.samples - claim.verified - claim.rejected)
+        return State(
+            info=info,
+            sealed=info.counts is not None and self._run.store.exists(MANIFEST),
+            counts=counts,
+            done=frozenset(parts.keys() - damaged.keys()),
+            missing=[shard for shard in range(info.shards) if shard not in parts],
+            damaged=[damaged[shard] for shard in sorted(damaged)],
+            failed=[failure for shard in sorted(board.failed - parts.keys()) if (failure := read_failure(self._run.store, shard))],
+            running=running,
+        )
+
+    def _read_parts(self, info: RunInfo) -> dict[int, tuple[PartRecord, Counter[str]] | str]:
+        sizes = self._run.store.sizes("manifest")
+        found = {(shard, sizes[part_name(shard).partition("/")[2]]) for shard in self._run.shards_with_parts() if shard < info.shards}
+        with ThreadPoolExecutor(8) as pool:
+            new = sorted(found - self._parts.keys())
+            read = dict(zip(new, pool.map(lambda shard: self._read_part(shard[0], info.fingerprint), new), strict=True))
+        self._parts = {at: part for at, part in (self._parts | read).items() if at in found}
+        return {shard: part for (shard, _), part in sorted(self._parts.items())}
+
+    def _read_part(self, shard: int, run: str) -> tuple[PartRecord, Counter[str]] | str:
+        try:
+            rows, record = self._run.part(shard, run, ("status",))
+        except (UserError, FileNotFoundError) as error:
+            return str(error)
+        return record, Counter(rows.column("status").to_pylist())
+
+    def _tar_damage(self, record: PartRecord, sizes: dict[str, int], content: bool) -> str | None:
+        for tar in record.tars:
+            if content or sizes.get(tar.name) != tar.size:
+                why = self._run.tar_damage(tar, content=content)
+                if why:
+                    return why
+        return None
+
+    def _silence(self, claim: Claim) -> float:
+        """Seconds since a worker's last sign of life: by the store's clock at first, by this process's own from then on."""
+        now = time.monotonic()
+        if claim.shard not in self._signs:
+            self._signs[claim.shard] = (claim, now - claim_age(self._run.store, claim.shard))
+        elif self._signs[claim.shard][0] != claim:
+            self._signs[claim.shard] = (claim, now)
+        return now - self._signs[claim.shard][1]
+
+
+def status_lines(out: str, state: State) -> list[str]:
+    """Plain lines for a person."""
+    info, counts = state.info, state.counts
+    extra = "".join(f", {len(found)} {what}" for found, what in ((state.running, "running"), (state.failed, "failed")) if found)
+    lines = [f"{out}: {len(state.done)} of {info.shards} shards done, {len(state.missing)} missing, {len(state.damaged)} damaged{extra}"]
+    lines += [f"  damaged: {why}" for why in state.damaged]
+    lines += [
+        f"  failed: shard {failure.shard}, {failure.tries} times, last on {failure.host}: {failure.reason}" for failure in state.failed
+    ]
+    lines += [f"  running: {_running(claim, silence)}" for claim, silence in state.running]
+    if state.missing:
+        lines.append(f"  missing: {_ranges(state.missing)}")
     judged = counts["verified"] + counts["rejected"]
     if judged:
         lines.append(f"  samples: {count_statuses(counts)} of {info.samples:,}; verified rate {counts['verified'] / judged:.1%}")
-    if missing and (rate := _rate(times)):
-        left = (info.samples - sum(counts.values())) / rate
-        lines.append(f"  speed: {rate:.1f} images/s over the finished shards; about {datetime.timedelta(seconds=round(left))} to go")
-    if missing or damaged:
-        lines.append("  run the same `make shards` command again to make what is missing")
+    if state.missing and state.rate:
+        left = datetime.timedelta(seconds=round(max(info.samples - counts.total(), 0) / state.rate))
+        lines.append(f"  speed: {state.rate:.1f} images/s of the workers that are running; about {left} to go")
+    if state.sealed and state.info.missing and not state.damaged:
+        lines.append(f"  sealed without {len(state.info.missing)} shards that could not be made (--allow-missing; run.json says why)")
+    elif state.missing or state.damaged:
+        running = any(silence <= SILENT for _, silence in state.running)
+        lines.append("  at work" if running else "  nothing is running; run the same `make shards` command again to make what is missing")
     else:
-        sealed = info.counts is not None and run.store.exists(MANIFEST)
-        lines.append("  sealed" if sealed else "  all shards are there, not sealed yet: run `make shards` again")
+        lines.append("  sealed" if state.sealed else "  all shards are there, not sealed yet: run `make shards` again")
     return lines
 
 
-def _rate(times: list[tuple[float, int]]) -> float | None:
-    """Images per second between the first and the last finished shard."""
-    times = sorted(times)
-    if len(times) < 2 or times[-1][0] <= times[0][0]:
-        return None
-    return sum(count for _, count in times[1:]) / (times[-1][0] - times[0][0])
+def _running(claim: Claim, silence: float) -> str:
+    told = f"shard {claim.shard} on {claim.host}, process {claim.pid}: {claim.samples:,} images so far"
+    if claim.rate:
+        told += f", {claim.rate:.1f} images/s"
+    return told if silence <= SILENT else f"{told}; no sign of life for {datetime.timedelta(seconds=round(silence))}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from manifests import UserError, find_file, load_weights
+from manifests import RunInfo, UserError, find_file, load_weights
 from manifests.archive import is_torchscript, read_tensors
-from manifests.recipe import nearest
+from manifests.recipe import make_recipe, nearest
 from manifests.weights import files_fingerprint
 
-from .classes import ClassList, load_templates
+from .classes import ClassList, find_classes, load_templates
 from .recipe import Teacher as TeacherSettings
 from .zero_shot import cached_head
 
@@ -76,10 +77,21 @@ class Teacher(nn.Module):
             return self.scale * F.normalize(features.float(), dim=1) @ self.head
 
 
-def load_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device | str = "cpu") -> Teacher:
-    """Build the teacher that a recipe asks for, on a device. Raises UserError for unknown names, missing or unreadable weights."""
-    make = _timm_teacher if settings.kind == "timm" else _open_clip_teacher
-    return make(settings, classes, torch.device(device)).to(device)
+def load_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device | str = "cpu", *, with_head: bool = True) -> Teacher:
+    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for its fingerprint only, it cannot classify.
+
+    Raises UserError for unknown names, missing or unreadable weights.
+    """
+    if settings.kind == "timm":
+        return _timm_teacher(settings, classes).to(device)
+    return _open_clip_teacher(settings, classes, torch.device(device), with_head=with_head).to(device)
+
+
+def teacher_of_run(info: RunInfo) -> Teacher:
+    """The teacher that a run was made with, on the CPU. Raises UserError when its files are not where run.json says."""
+    classes, _ = find_classes(info.recipe["source"]["classes"])
+    settings: TeacherSettings = make_recipe(TeacherSettings, info.recipe["teacher"], "run.json")
+    return load_teacher(settings, replace(classes, names=tuple(info.classes)))
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -96,7 +108,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device) -> Teacher:
+def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device, *, with_head: bool) -> Teacher:
     if settings.model.startswith(LOCAL):
         folder = find_file(settings.model.removeprefix(LOCAL), "teacher.model")
         model, tokenizer, bpe = _load_local_folder(folder)
@@ -112,7 +124,7 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         )
     else:
         templates = _templates(settings, classes)
-        head = cached_head(model.to(device), tokenizer, classes.names, templates, bpe)
+        head = cached_head(model.to(device), tokenizer, classes.names, templates, bpe) if with_head else torch.empty(0)
     size = model.visual.image_size
     preprocess = getattr(model.visual, "preprocess_cfg", {})
     return Teacher(
@@ -192,7 +204,7 @@ def _templates(settings: TeacherSettings, classes: ClassList) -> Sequence[str]:
     return classes.templates
 
 
-def _timm_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device) -> Teacher:
+def _timm_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
     import timm
 
     if not timm.is_model(settings.model):

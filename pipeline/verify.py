@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,13 @@ import torch
 from manifests import RunDir, RunInfo, UserError
 from manifests.progress import progress
 from manifests.rows import TarRecord
-from manifests.rundir import count_statuses
-from shards import ShardDataset, iterate_tar
+from manifests.rundir import RUN, count_statuses
+from shards import LabelledImage, ShardDataset, iterate_tar, view_images
 from shards.codec import to_float
 
 from .generate import recipe_of
 from .models import Models, load_models
+from .teacher import weights_fingerprint
 
 # Largest difference of a logit that recomputing may show, relative to the largest logit of the sample. On the machine that made the
 # shards it is the rounding to float16 (2^-11); on another kind, sums run in another order: a few float16 steps, or one of bf16.
@@ -28,8 +30,9 @@ def problems(out: str) -> Iterator[str]:
     run = RunDir(out)
     info = run.info()
     found = False
-    with progress(info.shards, "verifying", "shard") as bar:
-        for shard in range(info.shards):
+    shards = [shard for shard in range(info.shards) if str(shard) not in (info.missing or {})]
+    with progress(len(shards), "verifying", "shard") as bar:
+        for shard in shards:
             for line in _shard_problems(run, info, shard):
                 found = True
                 yield line
@@ -41,7 +44,7 @@ def problems(out: str) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    parts = run.parts(range(info.shards))
+    parts = run.parts(shards)
     if not table.equals(pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(table.schema.metadata).combine_chunks()):
         yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
     if tars != [tar for _, record in parts for tar in record.tars]:
@@ -62,7 +65,7 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
     models = load_models(recipe, classes)
-    if (now := models.fingerprints()["teacher"]) != info.fingerprints["teacher"]:
+    if (now := weights_fingerprint(models.teacher_model)) != info.fingerprints["teacher"]:
         raise UserError(
             f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
             "name the right one with --set teacher.model=…"
@@ -71,19 +74,41 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     for stream in ("clean", "dad") if recipe.output.clean_images else ("dad",):
         dataset = ShardDataset(out, stream)  # type: ignore[arg-type]
         chosen = np.random.default_rng(seed).choice(len(dataset), size=min(count, len(dataset)), replace=False)
-        for start in range(0, len(chosen), recipe.batch):
-            samples = [dataset[int(index)] for index in chosen[start : start + recipe.batch]]
-            logits = _infer([s.image for s in samples if s.image is not None], models, recipe.batch)
-            for sample, found in zip(samples, logits, strict=True):
-                stored = sample.logits.float()
-                difference = float((found - stored).abs().max() / stored.abs().max())
+        views = [view for index in chosen for view in _views(dataset[int(index)])]
+        for start in range(0, len(views), recipe.batch):
+            part = views[start : start + recipe.batch]
+            for view, found in zip(part, _infer([view.image for view in part], models, recipe.batch), strict=True):
+                kept = view.logits.topk(recipe.views.topk or len(found)).indices  # what a top-k record holds
+                stored, again = view.logits[kept], found[kept]
+                difference = float((again - stored).abs().max() / stored.abs().max())
                 if not difference <= tolerance:  # NaN fails too
-                    yield f"{out}: {stream} sample {sample.key}: logits differ by {difference:.2%} of the largest from the stored ones"
-                sees, saw = int(found.argmax()), int(stored.argmax())
+                    yield f"{out}: {stream} sample {view.name}: logits differ by {difference:.2%} of the largest from the stored ones"
+                sees, saw = int(found.argmax()), int(kept[0])
                 if sees != saw and _margin(stored) > 2 * tolerance:
-                    yield f"{out}: {stream} sample {sample.key}: the teacher now sees class {sees}, not {saw}"
-                if stream == "dad" and saw != sample.label:
-                    yield f"{out}: dad sample {sample.key}: stored logits say class {saw}, its label is {sample.label}"
+                    yield f"{out}: {stream} sample {view.name}: the teacher now sees class {sees}, not {saw}"
+                if stream == "dad" and view.whole and saw != view.label:
+                    yield f"{out}: dad sample {view.name}: stored logits say class {saw}, its label is {view.label}"
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of a stored sample, and its soft label."""
+
+    name: str
+    label: int
+    image: torch.Tensor  # uint8 [3, H, W]
+    logits: torch.Tensor  # float32 [classes]
+    whole: bool  # the canvas, on which the sample was verified
+
+
+def _views(sample: LabelledImage) -> Iterator[_View]:
+    if sample.image is None:
+        return
+    if sample.views is None:
+        yield _View(sample.key, sample.label, sample.image, sample.logits.float(), whole=True)
+        return
+    for number, (image, logits) in enumerate(zip(view_images(sample.image, sample.views), sample.logits.float(), strict=True)):
+        yield _View(f"{sample.key}, view {number}", sample.label, image, logits, whole=False)
 
 
 def _infer(images: list[torch.Tensor], models: Models, batch: int) -> torch.Tensor:
@@ -94,6 +119,8 @@ def _infer(images: list[torch.Tensor], models: Models, batch: int) -> torch.Tens
 
 
 def _margin(logits: torch.Tensor) -> float:
+    if len(logits) < 2:
+        return 0.0
     first, second = logits.topk(2).values.tolist()
     return float((first - second) / logits.abs().max())
 
@@ -126,5 +153,6 @@ def _tar_problems(run: RunDir, tar: TarRecord, table: pa.Table) -> Iterator[str]
 
 
 def summary(out: str) -> str:
-    counts = RunDir(out).info().counts or {}
-    return f"{out}: every checksum, count, key and label is as recorded ({count_statuses(counts)})"
+    info = RunDir(out).info()
+    without = f"; {len(info.missing)} of {info.shards} shards are missing with leave, see {RUN}" if info.missing else ""
+    return f"{out}: every checksum, count, key and label is as recorded ({count_statuses(info.counts or {})}){without}"

@@ -5,6 +5,7 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `ShardDataset`: one stream of a sealed run as a random-access dataset. ``ShardDataset("data/demo", "dad")[0].image``
 - `TrainingReader`: planned, resumable batches of clean and DAD samples side by side.
 - `TarWriter`, `iterate_tar`: deterministic writing, distrustful reading of WebDataset tars.
+- `ViewSettings`, `draw_views`, `replay`, `view_images`, `soft_label_members`: several views of an image, each with its own soft label.
 - `canvas.load_canvas`: from any image file to square pixels; the same for training and evaluation.
 - `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages.
 """
@@ -14,8 +15,9 @@ from .dataset import LabelledImage, ShardDataset
 from .reader import Batch, Half, TrainingReader
 from .seeds import seeded_generator
 from .tar import Extent, Sample, TarWriter, iterate_tar
+from .views import ViewSettings, draw_views, replay, soft_label_members, view_images
 
 __all__ = [
-    "Batch", "Extent", "Half", "ImageFormat", "LabelledImage", "Sample", "ShardDataset", "TarWriter", "TrainingReader",
-    "decode_image", "encode_image", "iterate_tar", "seeded_generator",
+    "Batch", "Extent", "Half", "ImageFormat", "LabelledImage", "Sample", "ShardDataset", "TarWriter", "TrainingReader", "ViewSettings",
+    "decode_image", "draw_views", "encode_image", "iterate_tar", "replay", "seeded_generator", "soft_label_members", "view_images",
 ]  # fmt: skip

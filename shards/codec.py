@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import Annotated, Literal
+import math
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -43,12 +45,17 @@ def encode_image(image: torch.Tensor, settings: ImageFormat) -> bytes:
 
 def decode_image(data: bytes, where: str = "image") -> torch.Tensor:
     """Decode a stored image to uint8 [3, H, W]. Raises UserError naming ``where``."""
+    return torch.from_numpy(decode_pixels(data, where)).permute(2, 0, 1).contiguous()
+
+
+def decode_pixels(data: bytes, where: str = "image") -> np.ndarray:
+    """Decode a stored image to uint8 [H, W, 3]. Raises UserError naming ``where``."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
-            pixels = np.array(picture.convert("RGB"))
+            pixels: np.ndarray = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: unreadable image ({' '.join(str(error).split())[:120]})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return pixels
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -68,12 +75,37 @@ def encode_array(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_array(data: bytes, dtype: type[np.generic], where: str) -> np.ndarray:
+def decode_array(data: bytes, dtype: type[np.generic] | np.dtype[np.void], where: str) -> np.ndarray:
     """A ``.npy`` of exactly ``dtype``; never unpickles. Raises UserError naming ``where``."""
+    shape, found, start = _npy_header(data, where)
+    if found != dtype:
+        raise UserError(f"{where}: dtype {found}, expected {np.dtype(dtype)}")
     try:
-        array: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        return np.frombuffer(data, found, count=math.prod(shape), offset=start).reshape(shape).copy()
+    except ValueError as error:
+        raise UserError(f"{where}: not a plain .npy array ({error})") from error
+
+
+def array_dtype(data: bytes, where: str) -> np.dtype[Any]:
+    """What a ``.npy`` holds. Raises UserError naming ``where``."""
+    return _npy_header(data, where)[1]
+
+
+def _npy_header(data: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    start = 10 + int.from_bytes(data[8:10], "little")
+    try:
+        return (*_parse_npy_header(data[:start]), start)
     except Exception as error:  # numpy's header parser raises more kinds of error than it documents
         raise UserError(f"{where}: not a plain .npy array ({' '.join(str(error).split())[:120]})") from error
-    if array.dtype != dtype:
-        raise UserError(f"{where}: dtype {array.dtype}, expected {np.dtype(dtype)}")
-    return array
+
+
+@lru_cache(maxsize=64)
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, dtype) of a version 1.0 header in C order. All arrays of a run have the same one: it is parsed once."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not of version 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError("not in C order, of negative shape, or of Python objects")
+    return shape, dtype

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
-from manifests import RunDir, UserError
+from manifests import RunDir, Store, UserError
 from manifests.rows import TarRecord
 
-from .codec import EXTENSIONS, decode_array, decode_image
+from .cache import TarCache
+from .codec import EXTENSIONS, decode_image, decode_pixels
+from .index import open_index
+from .joined import JoinedImages
 from .tar import Extent, parse_sample
+from .views import read_soft_labels
 
 StreamName = Literal["clean", "dad"]
 
@@ -26,8 +33,21 @@ class LabelledImage:
 
     key: str
     label: int  # index into the run's class list
-    logits: torch.Tensor  # float16 [classes], the teacher's, before any softmax
+    logits: torch.Tensor  # float16 [classes], the teacher's, before any softmax; [views, classes] where the run stores views
     image: torch.Tensor | None  # uint8 [3, H, W]; None where the run stores labels only
+    views: np.ndarray | None = None  # VIEW records [views]; None for the whole image
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as stored: labels decoded, the image not yet."""
+
+    key: str
+    label: int
+    logits: np.ndarray
+    views: np.ndarray | None
+    image: bytes | None
+    where: str  # tar and key, for messages
 
 
 class ShardDataset:
@@ -37,61 +57,119 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
+    images: for runs that store labels only, the folder of the user's own image tars; they are joined by key.
+    temperature: which of the stored ones the logits are for, where the run stores the top k only. None: the first.
+    cache: keeps remote tars on the local disk; without it, every sample is one ranged read.
     Raises UserError for a run that is missing or not sealed.
     """
 
-    def __init__(self, url: str, stream: StreamName = "dad") -> None:
+    def __init__(
+        self,
+        url: str,
+        stream: StreamName = "dad",
+        *,
+        images: str | Path | None = None,
+        temperature: float | None = None,
+        cache: TarCache | None = None,
+    ) -> None:
+        self._remake: Callable[[], ShardDataset] = partial(ShardDataset, url, stream, images=images, temperature=temperature, cache=cache)
         self.run = RunDir(url)
         self.info = self.run.info()
         self.classes = self.info.classes
-        self.stream = stream
-        table, tars = self.run.manifest()
-        table = table.filter(pc.is_valid(table.column(f"{stream}_offset")))
-        columns = {name: table.column(name).to_numpy() for name in ("shard", "label")}
-        self.shards: np.ndarray = columns["shard"]
-        self.labels: np.ndarray = columns["label"]
-        self._extents = [table.column(f"{stream}_{name}").to_numpy() for name in ("offset", "size", "crc32")]
-        self._keys = table.column("key").combine_chunks()
-        self._tars = {int(tar.name.rsplit("-", 1)[1].removesuffix(".tar")): tar for tar in tars if tar.name.startswith(f"{stream}/")}
+        self.stream, self.temperature, self.cache = stream, temperature, cache
+        self.index = open_index(self.run, self.info, stream)
+        self.shards, self.labels = self.index.shard, self.index.label
+        self.images = None if images is None else JoinedImages(Path(images), self.index.keys, self.index.name)
+        self._store, self._process = self.run.store, os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._remake, ()  # a loader worker that is not forked maps the index itself instead of being sent a copy
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.index)
 
     def key(self, index: int) -> str:
-        key: str = self._keys[index].as_py()
+        key: str = self.index.keys[index].as_py()
         return key
 
     def __getitem__(self, index: int) -> LabelledImage:
         """Read one sample. Raises UserError naming the tar when it is missing or its bytes are not those that were written."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        tar = self._tars[int(self.shards[index])]
+        stored = self.read(index)
+        if self.images is not None:
+            image: torch.Tensor | None = torch.from_numpy(self.pixels(index, stored)).permute(2, 0, 1).contiguous()
+        else:
+            image = None if stored.image is None else decode_image(stored.image, stored.where)
+        return LabelledImage(stored.key, stored.label, torch.from_numpy(stored.logits), image, stored.views)
+
+    def read(self, index: int) -> StoredSample:
+        """One sample without decoding its image. Raises UserError as ``dataset[index]`` does."""
+        tar = self._tar(int(self.shards[index]))
         where = self.run.store.where(tar.name)
-        extent = Extent(*(int(column[index]) for column in self._extents))
+        entry = self.index
+        extent = Extent(int(entry.offset[index]), int(entry.size[index]), int(entry.crc32[index]))
         try:
-            data = self.run.store.read_range(tar.name, extent.offset, extent.size)
+            if self.cache is None:
+                data = self.store.read_range(tar.name, extent.offset, extent.size)
+            else:
+                data = self.cache.read_range(self.store, tar, extent.offset, extent.size)
         except FileNotFoundError as error:
             raise UserError(f"{where}: missing; restore it, or run `make shards` again") from error
         sample = parse_sample(data, extent, where)
         where = f"{where}: {sample.key}"
-        if "cls" not in sample.members or "logits.npy" not in sample.members:
-            raise UserError(f"{where}: has no .cls or no .logits.npy")
-        if not re.fullmatch(rb"[0-9]{1,9}", sample.members["cls"]) or int(sample.members["cls"]) >= len(self.classes):
-            raise UserError(f"{where}: label {sample.members['cls'][:20]!r} is not one of the {len(self.classes)} classes")
-        logits = decode_array(sample.members["logits.npy"], np.float16, where)
-        if logits.shape != (len(self.classes),):
-            raise UserError(f"{where}: logits of shape {logits.shape} for {len(self.classes)} classes")
-        pixels = next((sample.members[extension] for extension in EXTENSIONS if extension in sample.members), None)
-        return LabelledImage(
-            key=sample.key,
-            label=int(sample.members["cls"]),
-            logits=torch.from_numpy(logits),
-            image=None if pixels is None else decode_image(pixels, where),
+        label = sample.members.get("cls")
+        if label is None:
+            raise UserError(f"{where}: has no .cls")
+        if not re.fullmatch(rb"[0-9]{1,9}", label) or int(label) >= len(self.classes):
+            raise UserError(f"{where}: label {label[:20]!r} is not one of the {len(self.classes)} classes")
+        logits, views = read_soft_labels(sample.members, len(self.classes), self.temperature, where)
+        image = next((sample.members[extension] for extension in EXTENSIONS if extension in sample.members), None)
+        return StoredSample(sample.key, int(label), logits, views, image, where)
+
+    def pixels(self, index: int, stored: StoredSample) -> np.ndarray:
+        """The image of a sample, uint8 [H, W, 3]: the stored one, or the user's own of the same key. Raises UserError."""
+        if stored.image is not None:
+            return decode_pixels(stored.image, stored.where)
+        if self.images is not None:
+            return self.images.pixels(index, int(self.info.recipe["canvas"]))
+        raise UserError(
+            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
+            "or make them anew with output.clean_images=true"
         )
 
-    def check(self, *, content: bool = True, progress: bool = True) -> None:
-        """Make sure that every tar of the stream is the one the manifest describes. Raises UserError naming the first that is not."""
-        check_tars(self.run, list(self._tars.values()), content=content, progress=progress, label=f"checking {self.stream} shards")
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Bring the tars of shards near: into the cache, or a local file into the page cache. Raises UserError as reading does."""
+        for shard in shards:
+            tar = self._tar(shard)
+            if self.cache is not None:
+                self.cache.fetch(self.store, tar)
+            else:
+                self.store.advise(tar.name)
+
+    def check(self, *, content: bool = True, progress: bool = True, part: int = 0, parts: int = 1) -> None:
+        """Make sure that every tar of the stream is the one the manifest describes; of several parts, every parts-th tar.
+
+        Raises UserError naming the first that is not.
+        """
+        check_tars(
+            self.run,
+            list(self.index.tars.values())[part::parts],
+            content=content,
+            progress=progress,
+            label=f"checking {self.stream} shards",
+        )
+
+    @property
+    def store(self) -> Store:
+        if self._process != os.getpid():  # the clients of object stores do not survive a fork
+            self._store, self._process = Store(self.run.store.url), os.getpid()
+        return self._store
+
+    def _tar(self, shard: int) -> TarRecord:
+        if shard not in self.index.tars:
+            raise UserError(f"{self.run}: its manifest names no {self.stream} tar for shard {shard}; make the run anew")
+        return self.index.tars[shard]
 
 
 def check_tars(run: RunDir, tars: list[TarRecord], *, content: bool, progress: bool, label: str) -> None:

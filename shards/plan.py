@@ -7,26 +7,43 @@ batches. The order does not depend on the number of workers or ranks.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
 
-def epoch_order(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream: str) -> np.ndarray:
-    """The order in which an epoch visits samples.
+@dataclass(frozen=True)
+class EpochPlan:
+    """The order in which an epoch visits the samples of a stream, and which shards it needs when."""
 
-    shards: [N] shard number of each sample, non-decreasing. Returns a permutation of ``arange(N)``, int64.
-    Every stream ("clean", "dad") has an order of its own.
+    order: np.ndarray  # int64 [N], a permutation
+    windows: tuple[np.ndarray, ...]  # shard numbers of each window
+    ends: np.ndarray  # int64 [windows]: position in ``order`` behind each window
+
+    def window_at(self, position: int) -> int:
+        """The window that a position of the order belongs to."""
+        return int(np.searchsorted(self.ends, position, side="right"))
+
+
+def plan_epoch(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream: str) -> EpochPlan:
+    """Plan one epoch. Every stream ("clean", "dad") has an order of its own.
+
+    shards: [N] shard number of each sample, non-decreasing.
     """
     digest = hashlib.sha256(f"{seed} {epoch} {stream}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
     ends = np.append(starts[1:], len(shards))
     visit = rng.permutation(len(starts))
-    pieces = []
-    for first in range(0, len(visit), window):
-        together = [np.arange(starts[s], ends[s]) for s in visit[first : first + window]]
-        pieces.append(rng.permutation(np.concatenate(together)))
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+    windows = [visit[first : first + window] for first in range(0, len(visit), window)]
+    order, begin = np.empty(len(shards), np.int64), 0
+    marks = []
+    for together in windows:
+        samples = np.concatenate([np.arange(starts[s], ends[s]) for s in together])
+        marks.append(begin + len(samples))
+        order[begin : marks[-1]] = rng.permutation(samples)
+        begin = marks[-1]
+    return EpochPlan(order, tuple(np.asarray(shards)[starts[together]] for together in windows), np.array(marks, np.int64))
 
 
 def rank_slice(begin: int, end: int, rank: int, world: int) -> tuple[int, int]:

@@ -5,19 +5,24 @@ The state of the reader is two integers, epoch and global batches consumed: `Tra
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from manifests import UserError
+from manifests import Store, UserError
 
-from .dataset import LabelledImage, ShardDataset, StreamName
-from .plan import epoch_order, rank_slice
+from .cache import TarCache
+from .dataset import ShardDataset, StreamName
+from .plan import EpochPlan, plan_epoch, rank_slice
 from .seeds import seeded_generator
+from .views import replay, view_of_epoch
 
 
 @dataclass
@@ -25,9 +30,9 @@ class Half:
     """One rank's part of a global batch of one stream."""
 
     keys: list[str]
-    images: torch.Tensor  # uint8 [B, 3, H, W] as stored, or what the transform made of it
+    images: torch.Tensor  # uint8 [B, 3, H, W] as stored (the view of this epoch), or what the transform made of it
     labels: torch.Tensor  # int64 [B]
-    logits: torch.Tensor  # float16 [B, classes]
+    logits: torch.Tensor  # float16 [B, classes], of this epoch's view; float32 where the run stores the top k only
 
 
 Batch = dict[str, Half]  # by stream name
@@ -38,7 +43,9 @@ class TrainingReader:
     """Reads the streams of a run so that they end together.
 
     batch_size: clean images of one global batch. Every other stream gives its proportional share to each.
-    Raises UserError when a stream has too few samples for one batch.
+    images, temperature: as for `ShardDataset`, images of the clean stream.
+    cache_gb: most that remote tars may take on the local disk, in GiB.
+    Raises UserError when a stream has too few samples for one batch, or the cache cannot hold what is read at one time.
     """
 
     def __init__(
@@ -51,8 +58,15 @@ class TrainingReader:
         window: int = 16,
         rank: int = 0,
         world: int = 1,
+        images: str | Path | None = None,
+        temperature: float | None = None,
+        cache_gb: float = 50,
     ) -> None:
-        self.datasets: dict[str, ShardDataset] = {stream: ShardDataset(url, stream) for stream in streams}
+        cache = None if Store(url).is_local else TarCache(int(cache_gb * 2**30))
+        self.datasets: dict[str, ShardDataset] = {
+            stream: ShardDataset(url, stream, images=images if stream == "clean" else None, temperature=temperature, cache=cache)
+            for stream in streams
+        }
         self.batch_size, self.seed, self.window, self.rank, self.world = batch_size, seed, window, rank, world
         first = self.datasets[streams[0]]
         self.classes = first.classes
@@ -61,29 +75,55 @@ class TrainingReader:
             raise UserError(f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch")
         # What does not fill a batch (clean), or a share of every batch (the others), is left out; it differs from epoch to epoch.
         self.sizes = {stream: len(dataset) // self.steps for stream, dataset in self.datasets.items()} | {streams[0]: batch_size}
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+        self._plans: dict[str, tuple[int, EpochPlan]] = {}
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
                 raise UserError(
                     f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch to "
                     f"{-(-len(first) * world // max(len(dataset), 1))} or more, or weaken the attack"
                 )
+        if cache is not None and (needed := sum(_two_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
+            raise UserError(
+                f"{url}: two windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
+                "raise cache_gb, or lower window"
+            )
+
+    @property
+    def views(self) -> int:
+        """Views of an image that have soft labels of their own. 1: the whole image, as stored."""
+        for dataset in self.datasets.values():
+            if (views := dataset.read(0).views) is not None:
+                return len(views)
+        return 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plans": {}}  # a loader worker that is not forked plans anew: faster than being sent a plan
 
     def check(self, *, content: bool = True) -> None:
-        """Make sure that every tar is whole before the first step. Raises UserError naming the file."""
+        """Make sure that every tar is whole before the first step. Raises UserError naming the file.
+
+        Every rank reads its share of them. Tars of a remote run are compared as they are fetched; here only their sizes are.
+        """
         for dataset in self.datasets.values():
-            dataset.check(content=content)
+            dataset.check(content=content and dataset.cache is None, part=self.rank, parts=self.world)
 
     def indices(self, stream: str, epoch: int, step: int) -> np.ndarray:
         """Which samples of a stream this rank reads in global batch ``step``."""
         size = self.sizes[stream]
         begin, end = rank_slice(step * size, (step + 1) * size, self.rank, self.world)
-        return self._order(stream, epoch)[begin:end]
+        return self.plan(stream, epoch).order[begin:end]
+
+    def plan(self, stream: str, epoch: int) -> EpochPlan:
+        if self._plans.get(stream, (-1,))[0] != epoch:
+            shards = self.datasets[stream].shards
+            self._plans[stream] = (epoch, plan_epoch(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream))
+        return self._plans[stream][1]
 
     def batches(self, epoch: int, start: int = 0, *, workers: int = 0, transform: Transform | None = None) -> Iterator[Batch]:
         """The batches of an epoch from global batch ``start`` on; the same whatever the number of workers.
 
-        ``transform(images uint8 [B, 3, H, W], generator)`` runs in the workers, with a generator seeded by (seed, epoch, step).
+        ``transform(images uint8 [1, 3, H, W], generator)`` runs in the workers, on one sample at a time, with a generator seeded by
+        (seed, epoch, stream, key): what it makes of a sample does not depend on the batch, the workers or the ranks.
         """
         loader: DataLoader[Any] = DataLoader(
             _EpochBatches(self, epoch, transform),
@@ -97,47 +137,82 @@ class TrainingReader:
                 raise batch
             yield batch
 
-    def _order(self, stream: str, epoch: int) -> np.ndarray:
-        if self._orders.get(stream, (-1,))[0] != epoch:
-            shards = self.datasets[stream].shards
-            self._orders[stream] = (epoch, epoch_order(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream))
-        return self._orders[stream][1]
-
 
 class _EpochBatches(Dataset[Any]):
     def __init__(self, reader: TrainingReader, epoch: int, transform: Transform | None) -> None:
         self.reader, self.epoch, self.transform = reader, epoch, transform
+        self._near = dict.fromkeys(reader.datasets, -1)  # the last window that was asked for
         for stream in reader.datasets:
-            reader._order(stream, epoch)  # once here, not in every worker
+            reader.plan(stream, epoch)  # once here, not in every forked worker
 
     def __len__(self) -> int:
         return self.reader.steps
 
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
+            self._read_ahead(step)
             return {stream: self._half(stream, step) for stream in self.reader.datasets}
         except OSError as error:
             return UserError(f"{self.reader.datasets[next(iter(self.reader.datasets))].run}: cannot read: {error}")
         except UserError as error:
             return error  # raised in a worker it would reach the user wrapped in a stack trace
 
+    def _read_ahead(self, step: int) -> None:
+        """Ask for the tars of the window that this step is in, and of the next; each worker for its share."""
+        worker = get_worker_info()
+        share = slice(worker.id, None, worker.num_workers) if worker else slice(None)
+        for stream, dataset in self.reader.datasets.items():
+            plan = self.reader.plan(stream, self.epoch)
+            last = plan.window_at(step * self.reader.sizes[stream]) + 1
+            first = max(self._near[stream] + 1, last - 1)
+            wanted = [int(shard) for shards in plan.windows[first : last + 1] for shard in shards[share]]
+            self._near[stream] = max(self._near[stream], last)
+            if wanted:
+                threading.Thread(target=_prefetch, args=(dataset, wanted), daemon=True).start()
+
     def _half(self, stream: str, step: int) -> Half:
-        reader = self.reader
-        samples = [reader.datasets[stream][int(index)] for index in reader.indices(stream, self.epoch, step)]
-        images = _stack_images(samples, stream, reader)
-        if self.transform is not None:
-            images = self.transform(images, seeded_generator(reader.seed, self.epoch, step, stream, reader.rank))
-        return Half(
-            keys=[sample.key for sample in samples],
-            images=images,
-            labels=torch.tensor([sample.label for sample in samples]),
-            logits=torch.stack([sample.logits for sample in samples]),
-        )
+        reader, dataset = self.reader, self.reader.datasets[stream]
+        keys, labels, logits = [], [], []
+        images = torch.empty(0)
+        indices = reader.indices(stream, self.epoch, step).tolist()
+        for place, index in enumerate(indices):
+            sample = dataset.read(index)
+            pixels, soft = dataset.pixels(index, sample), sample.logits
+            if sample.views is not None:
+                view = view_of_epoch(sample.key, reader.seed, self.epoch, len(sample.views))
+                pixels, soft = replay(pixels, sample.views[view], sample.where), soft[view]
+            if self.transform is not None:
+                generator = seeded_generator(reader.seed, self.epoch, stream, sample.key)
+                image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1)[None], generator)
+                pixels = image[0].permute(1, 2, 0).numpy()
+            if place == 0:
+                images = _empty_batch(len(indices), *pixels.shape)
+            if pixels.shape != images.shape[1:]:
+                raise UserError(f"{sample.where}: image of {pixels.shape[1]} x {pixels.shape[0]} pixels among others of {images.shape[2]}")
+            images.numpy()[place] = pixels
+            keys.append(sample.key)
+            labels.append(sample.label)
+            logits.append(soft)
+        # Pixels stay in the order they were decoded in: channels_last.
+        return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
 
 
-def _stack_images(samples: list[LabelledImage], stream: str, reader: TrainingReader) -> torch.Tensor:
-    images = [sample.image for sample in samples if sample.image is not None]
-    if len(images) < len(samples):
-        run = reader.datasets[stream].run
-        raise UserError(f"{run}: its {stream} shards hold labels only, without images; make them anew with output.clean_images=true")
-    return torch.stack(images)
+def _empty_batch(*shape: int) -> torch.Tensor:
+    """uint8, in a loader worker in shared memory: what is sent to the trainer is then not copied again."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _prefetch(dataset: ShardDataset, shards: list[int]) -> None:
+    try:
+        dataset.prefetch(shards)
+    except (UserError, OSError):
+        return  # whoever reads the sample meets the same error, and names it
+
+
+def _two_windows(dataset: ShardDataset, window: int) -> int:
+    """Bytes that two windows of the largest tars take."""
+    sizes = sorted((tar.size for tar in dataset.index.tars.values()), reverse=True)
+    return sum(sizes[: 2 * window])

@@ -26,6 +26,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from .chaos.faulty_store import FaultyProxy, faulty_store
+
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
@@ -57,18 +59,29 @@ class World:
         return load(str(self.recipe), overrides)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes and fetched tars of the tests do not land in the user's cache folder."""
+    os.environ["DAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _keep_signals() -> Iterator[None]:
-    """The command line installs a SIGTERM handler; a test must not leave it behind."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The command line installs handlers of signals; a test must not leave them behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """See `build_world`."""
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def build_world(folder: Path) -> World:
     """Teacher, discretizer, sources and recipe. Most labels are what the teacher sees on Q(x), so that some samples are verified."""
-    folder = tmp_path_factory.mktemp("world")
     pictures = draw_pictures(36)
     jpegs = [jpeg(picture) for picture in pictures]
     clip, vqgan = folder / "clip", folder / "vqgan.safetensors"
@@ -359,6 +372,32 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[FaultyProxy]:
+    """A real S3 server on loopback with the bucket ``s3://bucket``; this process and its children find it by the environment.
+
+    ``object_store.faults`` makes it fail; see `tests.chaos.faulty_store`.
+    """
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install --editable '.[test]'")
+    pytest.importorskip("moto.server", reason="needs moto[server]: pip install --editable '.[test]'")
+    from manifests import Store
+
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys["AWS_MAX_ATTEMPTS"] = "2"  # of botocore, with long pauses; s3fs tries five times around it
+    with faulty_store() as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in (keys | {"AWS_ENDPOINT_URL": proxy.url}).items():
+            patch.setenv(name, value)
+        Store("s3://bucket").fs.mkdir("bucket")
+        yield proxy
+
+
+@pytest.fixture
+def faults(object_store: FaultyProxy) -> Iterator[dict[str, float]]:
+    """Set probabilities here to make the object store fail during one test."""
+    yield object_store.faults
+    object_store.faults.clear()
+
+
 Members = dict[str, bytes]
 Edit = Callable[[str, str, Members], Members]  # (stream, key, members) -> members
 
@@ -388,7 +427,7 @@ def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: 
 
     run = RunDir(out)
     info = RunInfo(
-        recipe={"output": {"image": {"format": "png"}}}, identity={"seed": 0}, fingerprints={"source": "plain"},
+        recipe={"canvas": 8, "output": {"image": {"format": "png"}}}, identity={"seed": 0}, fingerprints={"source": "plain"},
         classes=list(CLASSES), shards=len(sizes), samples=sum(sizes), versions={},
     )  # fmt: skip
     run.write_info(info)

@@ -44,12 +44,15 @@ def train(
     out: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train a student, or go on with one that was interrupted."""
-    named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
-    settings = load(recipe, [*as_overrides(named), *overrides])
-    from .loop import train as run  # not at the top: --help need not wait for timm
+    """Train a student, or go on with one that was interrupted. On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun."""
+    from .distributed import joined  # not at the top: --help need not wait for torch
 
-    run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
+    with joined():
+        named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
+        settings = load(recipe, [*as_overrides(named), *overrides])
+        from .loop import train as run
+
+        run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
 
 
 @main.command("eval")
@@ -61,6 +64,19 @@ def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
     from .compare import compare
 
     compare(runs or ("runs",), data, out)
+
+
+@main.command("export")
+@click.argument("run", metavar="RUN")
+@click.argument("out", metavar="OUT")
+@click.option("--onnx", is_flag=True, help="Write model.onnx too (pip install '.[onnx]').")
+def export_student(run: str, out: str, onnx: bool) -> None:
+    """Write the student of RUN to OUT, a directory for timm (local-dir:OUT) and, uploaded, for the Hugging Face hub (hf-hub:…)."""
+    from .checkpoint import StudentDir
+    from .export import export
+
+    click.echo(f"{out}: {', '.join(export(StudentDir(run), out, onnx=onnx))}")
+    click.echo(f'load it: timm.create_model("local-dir:{out}", pretrained=True)')
 
 
 @main.command("demo-table")

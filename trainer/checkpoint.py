@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
 
 from manifests import Store, UserError, load_weights
 from manifests.recipe import as_tree, identity
@@ -20,6 +19,20 @@ from .recipe import Recipe
 from .student import Student, create_student
 
 RUN, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors", "metrics.csv"
+
+
+@dataclass
+class Progress:
+    """Where training is, and what it has measured so far; part of every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0  # global batches consumed in this epoch
+    best: float = -1.0
+    images: int = 0  # that the student has seen, clean and DAD
+    seconds: float = 0.0  # of training, over all processes that took part
+    waited: float = 0.0  # seconds of these spent waiting for the next batch
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch
+    rows: list[dict[str, float]] = field(default_factory=list)  # metrics.csv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +107,9 @@ class StudentDir:
                 f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({str(error).splitlines()[0][:100]})"
             ) from error
 
-    def save_best(self, model: nn.Module) -> None:
+    def save_best(self, student: Student) -> None:
         """The plain timm state dict of the student."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        weights = {name: value.detach().cpu().contiguous() for name, value in student.model.state_dict().items()}
         self.store.write(BEST, save(weights, metadata={"format": "pt"}))
 
     def load_student(self) -> Student:

@@ -23,14 +23,15 @@ def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dic
     info = directory.info()
     tars = [tar for name in sets_below(data) for tar in set_tars(data / name)]
     found = [(str(tar.relative_to(data)), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
-    made_from = fingerprint([directory.store.sha256(BEST), found])
+    weights = directory.store.sha256(BEST)
+    made_from = fingerprint([weights, found])
     kept = directory.path / RESULTS
     if kept.exists() and (scores := scores_from_json(kept.read_text(), made_from)) is not None:
         return scores
     where = choose_device(device)
     bf16 = use_bf16("auto", where)
     scores = evaluate(directory.load_student().to(where), data, len(info.classes), info.side, where, bf16=bf16, label=directory.path.name)
-    directory.store.write(RESULTS, scores_to_json(scores, made_from).encode())
+    directory.store.write(RESULTS, scores_to_json(scores, made_from, weights).encode())
     return scores
 
 

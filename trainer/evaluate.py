@@ -17,6 +17,8 @@ from shards import iterate_tar
 from shards.canvas import IMAGE_EXTENSIONS, BadImage, load_canvas
 from shards.codec import to_float
 
+from .distributed import rank, sum_over_ranks, world
+
 RESULTS = "eval.json"
 CLASSES = "classes.json"  # class names in label order, beside the image sets
 
@@ -56,14 +58,20 @@ def set_tars(folder: Path) -> list[Path]:
     return tars
 
 
-def read_set(folder: Path, classes: int, side: int) -> Iterator[tuple[torch.Tensor, int]]:
+def read_set(folder: Path, classes: int, side: int, *, part: int = 0, parts: int = 1) -> Iterator[tuple[torch.Tensor, int]]:
     """(uint8 image [3, side, side], label) of every sample below a folder, in order; images are resized and cropped as stage 1 does.
+
+    Of several parts, number ``part`` is every parts-th sample.
 
     Raises UserError for a folder without tars, a sample without image or label, or a label outside the class list.
     """
+    count = 0
     for tar in set_tars(folder):
         with open(tar, "rb") as file:
             for _, sample in iterate_tar(file, str(tar)):
+                count += 1
+                if (count - 1) % parts != part:
+                    continue
                 data = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
                 label = sample.members.get("cls", b"").decode("ascii", "replace").strip()
                 if data is None or not label.isdecimal():
@@ -77,7 +85,10 @@ def read_set(folder: Path, classes: int, side: int) -> Iterator[tuple[torch.Tens
 
 
 def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, batch: int = 250) -> Score:
-    """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back."""
+    """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back.
+
+    Several processes share the images out, and all get the score of the whole set.
+    """
     was_training = model.training
     model.eval()
     right = images = 0
@@ -89,7 +100,7 @@ def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: t
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return int((model(x).argmax(1) == y).sum())
 
-    for sample in read_set(folder, classes, side):
+    for sample in read_set(folder, classes, side, part=rank(), parts=world()):
         pending.append(sample)
         images += 1
         if len(pending) == batch:
@@ -98,6 +109,7 @@ def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: t
     if pending:
         right += flush()
     model.train(was_training)
+    right, images = sum_over_ranks(torch.tensor([right, images])).tolist()
     return Score(right=right, images=images)
 
 
@@ -123,9 +135,10 @@ def evaluate(model: nn.Module, data: Path, classes: int, side: int, device: torc
     return scores
 
 
-def scores_to_json(scores: dict[str, Score], made_from: str) -> str:
-    """``made_from``: fingerprint of the weights and the sets that were scored."""
-    return json.dumps({"made_from": made_from, "scores": {name: asdict(score) for name, score in scores.items()}}, indent=2) + "\n"
+def scores_to_json(scores: dict[str, Score], made_from: str, weights: str) -> str:
+    """``made_from``: fingerprint of the weights and the sets that were scored; ``weights``: sha256 of the weights alone."""
+    tree = {"made_from": made_from, "weights": weights, "scores": {name: asdict(score) for name, score in scores.items()}}
+    return json.dumps(tree, indent=2) + "\n"
 
 
 def scores_from_json(text: str, made_from: str) -> dict[str, Score] | None:

@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
-import timm.optim
+import timm.layers
 import timm.utils
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from manifests import UserError
 from manifests.devices import choose_device, use_bf16
 from manifests.progress import progress
-from manifests.recipe import nearest
-from shards import Batch, TrainingReader
-from shards.codec import to_float
+from shards import TrainingReader
 
+from . import distributed
 from .augmentation import Augment
-from .checkpoint import BEST, LAST, METRICS, StudentDir, describe
+from .checkpoint import BEST, LAST, METRICS, Progress, StudentDir, describe
 from .evaluate import check_set, score_set
-from .objectives import STREAMS, student_loss
-from .recipe import Optimizer, Recipe
-from .schedule import learning_rate
-from .student import create_student
+from .metrics import Log, Meter, to_csv
+from .objectives import STREAMS
+from .optimizer import create_optimizer, learning_rate
+from .recipe import Recipe
+from .step import Forward, train_step
+from .student import Student, create_student, fixed_size
 
 LOG_EVERY = 20  # steps
-FUSED = ("adam", "adamw", "sgd")  # of torch, in one pass over the weights: AdamW is 3.5x faster on CPU
+T = TypeVar("T")
 
 
 @dataclass
-class Progress:
-    """Where training is, and what it has measured so far; part of every checkpoint."""
+class Training:
+    """What one run of training works with, and where it is."""
 
-    epoch: int = 0
-    step: int = 0  # global batches consumed in this epoch
-    best: float = -1.0
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch
-    rows: list[dict[str, float]] = field(default_factory=list)  # metrics.csv
+    recipe: Recipe
+    directory: StudentDir
+    reader: TrainingReader
+    side: int  # of the student's input, in pixels
+    device: torch.device
+    bf16: bool
+    student: Student  # holds the weights
+    forward: Forward  # what is called: the student, compiled if so wished
+    average: Any  # timm's ModelEmaV3 of the student, or None
+    optimizer: torch.optim.Optimizer
+    at: Progress
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self.recipe.epochs * self.reader.steps
+
+    @property
+    def now(self) -> int:
+        """Steps done."""
+        return self.at.epoch * self.reader.steps + self.at.step
+
+    @property
+    def result(self) -> Student:
+        """The student as it is evaluated and exported: averaged, if the recipe averages."""
+        student: Student = self.student if self.average is None else self.average.module
+        return student
 
 
 def train(recipe: Recipe, out: str) -> StudentDir:
@@ -52,168 +72,231 @@ def train(recipe: Recipe, out: str) -> StudentDir:
 
     Raises UserError for an unknown student, shards that are missing or damaged, or a directory that holds another run.
     """
+    run = prepare(recipe, out)
+    quiet = not distributed.is_first()
+    if run.at.epoch < recipe.epochs:
+        if not quiet:
+            click.echo(_opening(run))
+        log = Log(run.directory.path, recipe, run.now)
+        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar:
+            while run.at.epoch < recipe.epochs:
+                train_epoch(run, log, bar)
+                end_epoch(run, log)
+        log.close()
+    if not quiet:
+        click.echo(_closing(run))
+    return run.directory
+
+
+def prepare(recipe: Recipe, out: str) -> Training:
+    """Load everything, check it, and go to where the last checkpoint was."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device = choose_device(recipe.device)
-    bf16 = use_bf16(recipe.precision, device)
+    device = distributed.start(choose_device(recipe.device))
     reader = TrainingReader(
-        recipe.shards, batch_size=recipe.batch, streams=STREAMS[recipe.loss.objective], seed=recipe.seed, window=recipe.window
+        recipe.shards,
+        batch_size=recipe.batch,
+        streams=STREAMS[recipe.loss.objective],
+        seed=recipe.seed,
+        window=recipe.window,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        images=recipe.images,
+        temperature=recipe.loss.temperature,
+        cache_gb=recipe.cache_gb,
     )
-    run_info = next(iter(reader.datasets.values())).info
-    side = int(run_info.recipe["canvas"])
+    if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
+        raise UserError(
+            f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
+            "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
+        )
+    if recipe.accumulate > min(reader.sizes.values()) // distributed.world():
+        raise UserError(
+            f"accumulate: {recipe.accumulate} parts of a batch of {reader.sizes}; some would be empty: lower it, or raise batch"
+        )
+    info = next(iter(reader.datasets.values())).info
+    side = recipe.input or int(info.recipe["canvas"])
     torch.manual_seed(recipe.seed)
-    student = create_student(recipe.student, len(reader.classes), side).to(device).to(memory_format=torch.channels_last)
-    settings = recipe.optimizer
-    optimizer = create_optimizer(student, settings)
+    student = create_student(
+        recipe.student,
+        len(reader.classes),
+        side,
+        pretrained=recipe.pretrained,
+        drop_path=recipe.drop_path,
+        dropout=recipe.dropout,
+    )
+    if recipe.sync_bn:
+        student = timm.layers.convert_sync_batchnorm(student)
+    student = student.to(device).to(memory_format=torch.channels_last)
+    optimizer = create_optimizer(student.model, recipe.optimizer)
     if recipe.validation is not None:
         check_set(Path(recipe.validation), reader.classes)
     directory = StudentDir(out)
-    directory.claim(describe(recipe, student, reader.classes, side, run_info.fingerprint))
+    if distributed.is_first():
+        directory.claim(describe(recipe, student, reader.classes, side, info.fingerprint))
+    distributed.agree(True)  # nobody reads a checkpoint before it is known to be of this run
     if recipe.check_shards:
         reader.check()
-    average = timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-    at = _resume(directory, student, optimizer, average)
-    total = recipe.epochs * reader.steps
-    if at.epoch < recipe.epochs:
-        done = at.epoch * reader.steps + at.step
-        label = f"{recipe.student} {recipe.loss.objective}"
-        going_on = f", going on at step {done}" if done else ""
-        numbers = "bf16" if bf16 else "fp32"
-        click.echo(f"{out}: {label}, {recipe.epochs} epochs of {reader.steps} steps, {numbers} on {device}{going_on}")
-        log = SummaryWriter(str(directory.path / "tensorboard"), purge_step=done)
-        augment = Augment(recipe.augmentation)
-        saved = time.monotonic()
-        with progress(total, label, "step", initial=done) as bar:
-            while at.epoch < recipe.epochs:
-                started = time.monotonic()
-                for batch in reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment):
-                    now = at.epoch * reader.steps + at.step
-                    rate = learning_rate(now, peak=settings.lr, warmup=round(settings.warmup * reader.steps), total=total)
-                    losses = train_step(student, optimizer, batch, recipe, rate, device, bf16=bf16, step=now)
-                    if average is not None:
-                        average.update(student, step=now)
-                    at.step += 1
-                    for name, value in losses.items():
-                        at.sums[name] = at.sums.get(name, 0.0) + value
-                    if now % LOG_EVERY == 0:
-                        log.add_scalar("lr", rate, now)
-                        for name, value in losses.items():
-                            log.add_scalar(name, value, now)
-                        bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
-                    bar.update()
-                    if time.monotonic() - saved > 60 * recipe.checkpoint_minutes and at.step < reader.steps:
-                        _save(directory, student, optimizer, average, at)
-                        saved = time.monotonic()
-                _end_of_epoch(
-                    at, directory, average.module if average else student, reader, recipe, device, bf16, log, time.monotonic() - started
-                )
-                _save(directory, student, optimizer, average, at)
-                saved = time.monotonic()
-        log.close()
-    click.echo(f"{out}: done" + (f", best val top-1 {at.best:.1f} %" if at.best >= 0 else ""))
-    best = directory.path / BEST
-    click.echo(f'load it: timm.create_model("{recipe.student}", num_classes={len(reader.classes)}, checkpoint_path="{best}")')
-    return directory
-
-
-def create_optimizer(student: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimizer of that name. Raises UserError for a name that timm does not know."""
-    if settings.name.lower() not in timm.optim.list_optimizers():
-        raise UserError(f"optimizer.name: timm knows no optimizer {settings.name!r}{nearest(settings.name, timm.optim.list_optimizers())}")
-    fused = {"fused": True} if settings.name.lower() in FUSED else {}
-    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-        student, opt=settings.name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum, **fused
+    forward = distributed.replicate(student, device)
+    run = Training(
+        recipe=recipe,
+        directory=directory,
+        reader=reader,
+        side=side,
+        device=device,
+        bf16=use_bf16(recipe.precision, device),
+        student=student,
+        forward=torch.compile(forward) if recipe.compile else forward,
+        average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
+        optimizer=optimizer,
+        at=Progress(),
     )
-    return optimizer
+    resume(run)
+    if len(set(distributed.gather((run.at.epoch, run.at.step)))) > 1:
+        raise UserError(f"{out}: the processes find different checkpoints here; --out must be on a disk that all machines share")
+    return run
 
 
-def train_step(
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    recipe: Recipe,
-    rate: float,
-    device: torch.device,
-    *,
-    bf16: bool,
-    step: int,
-) -> dict[str, float]:
-    """One update of the student; returns the loss and its terms. Raises UserError, naming the batch, when the loss is not finite."""
-    student.train()
-    torch.manual_seed(recipe.seed * 1_000_003 + step)  # dropout and the like; no generator state to save
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
-    halves = list(batch.values())
-    images = to_float(torch.cat([half.images for half in halves]).to(device))
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        outputs = student(images).float().split([len(half.images) for half in halves])  # one joint forward for clean and DAD
-    clean = halves[0]
-    settings = recipe.loss
-    loss, terms = student_loss(
-        settings.objective,
-        clean.labels.to(device),
-        outputs,
-        [half.logits.to(device) for half in halves],
-        temperature=settings.temperature,
-        weight=settings.weight,
-    )
-    values = {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
-    if not math.isfinite(values["loss"]):
-        keys = ", ".join(key for half in halves for key in half.keys)
-        raise UserError(f"the loss became {values['loss']} at step {step}; lower optimizer.lr, or look at the samples: {keys}")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if recipe.optimizer.clip is not None:
-        nn.utils.clip_grad_norm_(student.parameters(), recipe.optimizer.clip)
-    optimizer.step()
-    return values
+def train_epoch(run: Training, log: Log, bar: Any) -> None:
+    """From where the run is to the end of its epoch, with checkpoints on the way."""
+    recipe, reader, at = run.recipe, run.reader, run.at
+    settings, meter = recipe.optimizer, Meter()
+    augment = Augment(recipe.augmentation, run.side)
+    warmup = round(settings.warmup * reader.steps)
+    saved = clock = time.monotonic()
+    run.student.train()
+    for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment)):
+        step = run.now
+        rate = learning_rate(step, peak=settings.lr, warmup=warmup, total=run.total)
+        losses = train_step(
+            run.forward,
+            run.optimizer,
+            batch,
+            recipe,
+            totals=reader.sizes,
+            rate=rate,
+            step=step,
+            device=run.device,
+            bf16=run.bf16,
+        )
+        if run.average is not None:
+            run.average.update(run.student, step=step)
+        meter.add(step, losses, batch)
+        at.step += 1
+        at.images += sum(reader.sizes.values())
+        at.waited += waited
+        last, logs = at.step == reader.steps, step % LOG_EVERY == 0
+        due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
+        if distributed.world() > 1:  # whether a checkpoint is due, all ranks must see alike, and asking costs time
+            due = logs and distributed.agree(due)
+        due = due or last
+        if due or logs:
+            _record(at, meter, log, bar)
+            if logs:
+                log.write({"lr": rate}, step)
+            now = time.monotonic()
+            at.seconds, clock = at.seconds + now - clock, now
+        if due:
+            check_weights(run)
+        if due and not last:
+            save(run)
+            saved = time.monotonic()
+        bar.update()
 
 
-def _end_of_epoch(
-    at: Progress, directory: StudentDir, model: nn.Module, reader: TrainingReader, recipe: Recipe, device: torch.device, bf16: bool,
-    log: SummaryWriter, seconds: float,
-) -> None:  # fmt: skip
-    row: dict[str, float] = {"epoch": at.epoch} | {name: total / reader.steps for name, total in at.sums.items()}
+def end_epoch(run: Training, log: Log) -> None:
+    """Validate, keep the best weights, write the epoch's row, save."""
+    at, recipe = run.at, run.recipe
+    row: dict[str, float] = {"epoch": at.epoch} | {name: total / run.reader.steps for name, total in at.sums.items()}
     better = True
     if recipe.validation is not None:
-        side = int(next(iter(reader.datasets.values())).info.recipe["canvas"])
-        row["val_top1"] = score_set(model, Path(recipe.validation), len(reader.classes), side, device, bf16=bf16).top1
-        better = row["val_top1"] >= at.best
-        at.best = max(at.best, row["val_top1"])
-        log.add_scalar("val_top1", row["val_top1"], (at.epoch + 1) * reader.steps)
-    row["seconds"] = seconds
-    if better:
-        directory.save_best(model.model)  # type: ignore[arg-type]
-    at.rows.append(row)
+        distributed.share_buffers(run.result)
+        score = score_set(run.result, Path(recipe.validation), len(run.reader.classes), run.side, run.device, bf16=run.bf16)
+        row["val_top1"] = score.top1
+        better = score.top1 >= at.best
+        at.best = max(at.best, score.top1)
+        log.write({"val_top1": score.top1}, run.now)
+    if better and distributed.is_first():
+        run.directory.save_best(run.result)
+    at.rows.append(row | {"images": at.images, "seconds": at.seconds})
     at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
-    directory.store.write(METRICS, _csv(at.rows).encode())
+    if distributed.is_first():
+        run.directory.store.write(METRICS, to_csv(at.rows).encode())
+    save(run)
 
 
-def _csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
-    return text.getvalue()
+def check_weights(run: Training) -> None:
+    """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
+    if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
+        raise UserError(f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again")
 
 
-def _save(directory: StudentDir, student: nn.Module, optimizer: torch.optim.Optimizer, average: Any, at: Progress) -> None:
-    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(at).copy()}
-    if average is not None:
-        state["average"] = average.module.state_dict()
-    directory.save_last(state)
+def save(run: Training) -> None:
+    """Write the checkpoint: everything that going on to the bit needs. Of several processes the first one writes."""
+    if not distributed.is_first():
+        return
+    state = {"student": run.student.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": vars(run.at).copy()}
+    if run.average is not None:
+        state["average"] = run.average.module.state_dict()
+    run.directory.save_last(state)
 
 
-def _resume(directory: StudentDir, student: nn.Module, optimizer: torch.optim.Optimizer, average: Any) -> Progress:
-    state = directory.load_last()
+def resume(run: Training) -> None:
+    """Go to where the last checkpoint was, if there is one. Raises UserError when it is of another student."""
+    state = run.directory.load_last()
     if state is None:
-        return Progress()
+        return
     try:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.module.load_state_dict(state["average"])
-        return Progress(**state["progress"])
+        run.student.load_state_dict(state["student"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.average is not None:
+            run.average.module.load_state_dict(state["average"])
+        run.at = Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again") from error
+        raise UserError(f"{run.directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again") from error
+
+
+def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that it was waited for."""
+    started = time.monotonic()
+    for item in items:
+        yield item, time.monotonic() - started
+        started = time.monotonic()
+
+
+def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
+    for step, losses in meter.read():
+        for name, value in losses.items():
+            at.sums[name] = at.sums.get(name, 0.0) + value
+        if step % LOG_EVERY == 0:
+            log.write(losses, step)
+            bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
+
+
+def _opening(run: Training) -> str:
+    recipe, sizes = run.recipe, run.reader.sizes
+    going_on = f", going on at step {run.now}" if run.now else ""
+    images = " + ".join(f"{size} {stream}" for stream, size in sizes.items())
+    return (
+        f"{run.directory}: {recipe.student} {recipe.loss.objective}, {recipe.epochs} epochs of {run.reader.steps} steps, "
+        f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
+        f"{run.directory}: {images} images a step, {_times_plain(run):.2f} times those of plain training"
+    )
+
+
+def _closing(run: Training) -> str:
+    at, recipe = run.at, run.recipe
+    best = f", best val top-1 {at.best:.1f} %" if at.best >= 0 else ""
+    cost = f"{at.images:,} images, {_times_plain(run):.2f} times those of plain training"
+    speed = f"{at.images / at.seconds:.0f} images/s in {at.seconds / 60:.1f} minutes" if at.seconds else "no time"
+    model = f'timm.create_model("{recipe.student}", num_classes={len(run.reader.classes)}'
+    size = f", img_size={run.side}" if fixed_size(recipe.student) else ""
+    return (
+        f"{run.directory}: done{best}\n"
+        f"{run.directory}: what it cost: {cost}; {speed}, {at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data\n"
+        f'load it: {model}{size}, checkpoint_path="{run.directory.path / BEST}")'
+    )
+
+
+def _times_plain(run: Training) -> float:
+    return sum(run.reader.sizes.values()) / run.reader.sizes["clean"]

@@ -25,6 +25,8 @@ class Loss:
     """T, of both distillation terms."""
     weight: Annotated[float, Field(ge=0)] = 0.5
     """a, of both distillation terms."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of the cross-entropy. The teacher's soft labels stay as they are."""
 
 
 @recipe_dataclass
@@ -34,11 +36,21 @@ class Augmentation:
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     crop: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Smallest side of a random square crop, as a fraction of the image; it is resized back. 1: no crop."""
+    """Smallest side of a random square crop, as a fraction of the image; it is resized to the input. 1: no crop."""
     colour: Share = 0.0
     """Strength of colour jitter: brightness, contrast and saturation are scaled by random factors in 1 ± colour."""
     grey: Share = 0.0
     """Probability of turning an image grey."""
+    randaugment: Annotated[int, Field(ge=0, le=8)] = 0
+    """Operations of RandAugment (Cubuk et al., 2020) on every image. 0: none."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of RandAugment on torchvision's scale, whose 30 is level 10 of the original."""
+    erase: Share = 0.0
+    """Probability of erasing a random rectangle (Zhong et al., 2020)."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """alpha of Mixup's Beta distribution; soft labels are mixed by the same lambda as images. 0: none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """alpha of CutMix's. Where both are set, each image takes one of the two at even odds."""
 
 
 @recipe_dataclass
@@ -46,7 +58,7 @@ class Optimizer:
     """Any optimizer that timm knows, with a cosine schedule after a linear warm-up."""
 
     name: str = "adamw"
-    """timm's name: sgd, adamw, lamb …"""
+    """timm's name: sgd (with Nesterov momentum), momentum (without), adamw, lamb …"""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -57,6 +69,8 @@ class Optimizer:
     """Epochs of linear warm-up."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Largest gradient norm; None: no clipping."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each layer's learning rate is this times that of the layer above it (fine-tuning); None: one rate for all."""
 
 
 @recipe_dataclass
@@ -65,8 +79,22 @@ class Recipe:
 
     shards: Annotated[str, Location] = "data/demo"
     """The run directory to learn from."""
+    images: Annotated[str | None, Location] = None
+    """Folder of your own image tars, for runs whose clean shards hold labels only; joined by key. None: images are in the shards."""
     student: str = "resnet18"
     """Any timm model name."""
+    pretrained: str | None = None
+    """Weights to start from: a checkpoint file, or a tag of the model that timm knows and downloads, such as augreg_in21k.
+    A head over another number of classes is left out. None: random weights."""
+    input: Annotated[int, Field(ge=8)] | None = None
+    """Side of the student's input, in pixels. None: that of the stored images."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth: probability of dropping the last residual branch; it rises linearly from 0 at the first."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the classifier."""
+    forward: Literal["joint", "separate"] = "joint"
+    """How clean and DAD images go through the student. joint: in one batch, whose mixture batch norm sees. separate: one after the
+    other, each normalised by statistics of its own; the running statistics, which count afterwards, follow both."""
     loss: Loss = Loss()
     augmentation: Augmentation = Augmentation()
     optimizer: Optimizer = Optimizer()
@@ -74,6 +102,9 @@ class Recipe:
     """Passes over the clean set; the DAD stream ends together with it."""
     batch: Positive = 64
     """Clean images per step. DAD images come in proportion, on top."""
+    accumulate: Positive = 1
+    """Parts that each batch is passed through in, for less memory. The gradient is that of the whole batch, but for batch norm's
+    statistics, which are those of a part."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the exponential moving average of the weights, which is what is evaluated and exported. 0: none."""
     window: Positive = 16
@@ -82,6 +113,10 @@ class Recipe:
     """Of initial weights, order and augmentation."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device has it in hardware."""
+    compile: bool = False
+    """Compile the student with torch.compile: minutes at the start, faster steps on a GPU."""
+    sync_bn: bool = False
+    """Take batch norm's statistics over all GPUs of a run. Without effect on one."""
     validation: str | None = None
     """WebDataset tars to choose the best checkpoint by (top-1). None: the last is the best."""
     device: Annotated[str, Execution] = "auto"
@@ -92,8 +127,12 @@ class Recipe:
     """CPU threads of the model. None: all cores."""
     checkpoint_minutes: Annotated[float, Field(ge=0), Execution] = 1.0
     """Time between checkpoints inside an epoch; there is one after every epoch in any case."""
+    cache_gb: Annotated[float, Field(gt=0), Execution] = 50
+    """Most that shards on an object store may take on the local disk, in GiB; the folder is $DAD_CACHE, else ~/.cache/dad."""
     check_shards: Annotated[bool, Execution] = True
     """Compare the sha256 of every tar before the first step. Reads are checked one by one in any case."""
+    wandb: Annotated[str | None, Execution] = None
+    """Weights & Biases project to log to as well (pip install '.[wandb]'); kept on disk unless WANDB_MODE=online."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import timm
 import torch
 from torch import nn
 
-from manifests import UserError
+from manifests import UserError, load_weights
 from manifests.recipe import nearest
 
 
@@ -27,15 +30,62 @@ class Student(nn.Module):
         return logits
 
 
-def create_student(name: str, classes: int, side: int) -> Student:
-    """Build a student with random weights for images of ``side`` pixels. Raises UserError for a name that timm does not know."""
+def create_student(
+    name: str, classes: int, side: int, *, pretrained: str | None = None, drop_path: float = 0.0, dropout: float = 0.0
+) -> Student:
+    """Build a student for images of ``side`` pixels.
+
+    name: any timm model, also with a tag (``vit_base_patch16_224.augreg_in21k``), which then decides its normalisation.
+    pretrained: see `Recipe.pretrained`; None: random weights.
+    Raises UserError for a name that timm does not know, weights that do not fit, or an option that the model does not have.
+    """
     if not timm.is_model(name):
         raise UserError(f"student: timm knows no model {name!r}{nearest(name, timm.list_models())}")
-    config = timm.get_pretrained_cfg(name)
-    fixed = config is not None and config.fixed_input_size  # ViT and the like are built for one image size
+    options: dict[str, Any] = {"num_classes": classes}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if dropout:
+        options["drop_rate"] = dropout
+    if fixed_size(name):
+        options["img_size"] = side
+    if pretrained is not None:
+        name, weights = _pretrained(name, pretrained, options)
+        options |= weights
     try:
-        model = timm.create_model(name, num_classes=classes, **({"img_size": side} if fixed else {}))
+        model = timm.create_model(name, **options)
+    except OSError as error:  # before RuntimeError's kin: what the hub and the network raise
+        raise UserError(f"pretrained: {pretrained}: cannot be fetched ({_short(error)}); give a checkpoint file instead") from error
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"student: {name} cannot be built for {side} x {side} images: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"student: {name} cannot be built for {side} x {side} images with these options: {_short(error)}") from error
     settings = timm.data.resolve_data_config(model=model)
     return Student(model, settings["mean"], settings["std"])
+
+
+def fixed_size(name: str) -> bool:
+    """Whether a model, such as ViT, is built for one image size."""
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and bool(config.fixed_input_size)
+
+
+def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model's name and timm's options for these weights; a file must hold every weight but the head's."""
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        weights = load_weights(path)
+        fresh = timm.create_model(name, **options)
+        heads = fresh.pretrained_cfg.get("classifier") or ()
+        for key, value in fresh.state_dict().items():
+            is_head = key.rpartition(".")[0] in ((heads,) if isinstance(heads, str) else heads)
+            if is_head and (key not in weights or weights[key].shape != value.shape):
+                weights[key] = value  # of other classes; timm would leave it out too, but then no longer say what else is missing
+        overlay = {"state_dict": weights, "custom_load": False, "label_offset": 0, "num_classes": options["num_classes"]}
+        return name, {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    architecture = name.split(".")[0]
+    tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
+    if pretrained not in tags:
+        raise UserError(f"pretrained: {pretrained!r} is no file, and no tag of {architecture}{nearest(pretrained, tags)}")
+    return f"{architecture}.{pretrained}", {"pretrained": True}
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -149,13 +149,14 @@ def test_identity_leaves_out_where_and_how() -> None:
 
 
 def test_identity_of_the_real_recipe() -> None:
-    """Of stage 1: every path, device, threads and max_errors are free; everything else counts."""
-    from pipeline.recipe import Discretizer, Recipe, Source, Teacher
+    """Of stage 1: every path, device, threads, max_errors and who launches are free; everything else counts."""
+    from pipeline.recipe import Discretizer, Launch, Recipe, Source, Teacher
 
-    recipe = Recipe(source=Source(data="d", classes="c"), teacher=Teacher(model="m"), discretizer=Discretizer())
+    launch = Launch(slurm={"partition": "gpu"})
+    recipe = Recipe(source=Source(data="d", classes="c"), teacher=Teacher(model="m"), discretizer=Discretizer(), launch=launch)
     free = {
         "source.data", "source.classes", "teacher.model", "teacher.weights", "teacher.templates", "discretizer.weights",
-        "max_errors", "device", "threads",
+        "max_errors", "device", "threads", "codec_threads", "launch.launcher", "launch.workers", "launch.retries", "launch.slurm.partition",
     }  # fmt: skip
     assert set(flatten(as_tree(recipe))) - set(identity(recipe)) == free
 

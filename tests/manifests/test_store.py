@@ -156,9 +156,9 @@ def test_urls_that_cannot_be_opened(url: str) -> None:
 
 def test_stale_temporaries(tmp_path: Path) -> None:
     """Temporary files are not listed; those of dead processes of this host are removed, others and other files are left."""
-    from manifests.store import _HOST
+    from manifests.store import HOST
 
-    names = [f".x.tar.{_HOST}.{pid}.tmp" for pid in (2**22 + 5, os.getpid())] + [".x.tar.elsewhere.7.tmp", ".hidden", "x.tmp"]
+    names = [f".x.tar.{HOST}.{pid}.tmp" for pid in (2**22 + 5, os.getpid())] + [".x.tar.elsewhere.7.tmp", ".hidden", "x.tmp"]
     (tmp_path / "d").mkdir()
     for name in names:
         (tmp_path / "d" / name).write_bytes(b"")

@@ -33,7 +33,7 @@ def test_help(cli, arguments: list[str]) -> None:  # type: ignore[no-untyped-def
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack"], ["attack", "field=value"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=[1"], ["attack.eps", "YAML"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.norm=l3"], ["attack.norm", "l2"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "batch=-1"], ["batch", "greater than or equal to 1"]),
+        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "batch=-1"], ["batch", "greater than or equal to 0"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "source.classes=gone.yaml"], ["source.classes", "gone.yaml"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--data", "gone"], ["source.data", "gone", "no such"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "teacher.model=ViT-B-33"], ["teacher.model", "'ViT-B-32'"]),

@@ -189,12 +189,13 @@ def test_killed_often_at_random_moments(world, finished_run: Path, run_digests: 
 
 
 @pytest.mark.slow
-def test_a_polite_end(world, start, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """SIGTERM, as a cluster sends it: status 130, one line, no stack trace, no temporary file; finished shards are kept."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_polite_end(world, start, cli, tmp_path: Path, number: signal.Signals) -> None:  # type: ignore[no-untyped-def]
+    """SIGTERM or SIGUSR1, as clusters send them: status 130, one line, no stack trace, no temporary file; finished shards are kept."""
     out = tmp_path / "run"
     process = start("generate", "--recipe", world.recipe, "--out", out, "--set", "attack.steps=60")
     wait_until((out / "manifest" / "part-000000.parquet").exists, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert err.splitlines()[-1] == "interrupted; what was finished is kept, and the same command goes on from there"
@@ -208,8 +209,8 @@ def test_stale_temporaries_are_removed(world, run_copy: Path) -> None:  # type: 
 
     dead = subprocess.Popen(["true"])
     dead.wait()
-    stale = run_copy / "dad" / f".dad-000001.tar.{store._HOST}.{dead.pid}.tmp"
-    living = run_copy / "dad" / f".dad-000002.tar.{store._HOST}.{os.getppid()}.tmp"
+    stale = run_copy / "dad" / f".dad-000001.tar.{store.HOST}.{dead.pid}.tmp"
+    living = run_copy / "dad" / f".dad-000002.tar.{store.HOST}.{os.getppid()}.tmp"
     foreign = run_copy / "dad" / ".dad-000002.tar.another-host.1.tmp"
     for path in (stale, living, foreign):
         path.write_bytes(b"half")

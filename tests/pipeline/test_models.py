@@ -7,7 +7,7 @@ import torch
 
 from manifests import UserError
 from pipeline.classes import load_classes
-from pipeline.models import load_models
+from pipeline.models import fingerprints, load_models
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,9 @@ def test_precision(world, models) -> None:  # type: ignore[no-untyped-def]
     assert 0 < (logits - full).abs().max() < 0.1 * full.abs().max()
 
 
-def test_fingerprints_tell_the_models_apart(models) -> None:  # type: ignore[no-untyped-def]
-    prints = models.fingerprints()
+def test_fingerprints_tell_the_models_apart(world, models) -> None:  # type: ignore[no-untyped-def]
+    """They are those of the weights, whether the models are in use or only read for them."""
+    classes = load_classes(world.clip / "prompts.yaml")
+    prints = fingerprints(world.load(), classes, models)
     assert set(prints) == {"teacher", "discretizer"} and len(set(prints.values())) == 2
+    assert fingerprints(world.load(), classes) == prints

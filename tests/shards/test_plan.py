@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from shards import seeded_generator
-from shards.plan import epoch_order, rank_slice
+from shards.plan import plan_epoch, rank_slice
 
 SIZES = (9, 12, 0, 7, 11, 1, 14, 5)  # samples of each shard; one has none
 SHARDS = np.repeat(np.arange(len(SIZES)), SIZES)
 
 
 def order(epoch: int = 0, seed: int = 0, window: int = 3, stream: str = "clean", shards: np.ndarray = SHARDS) -> np.ndarray:
-    return epoch_order(shards, seed=seed, epoch=epoch, window=window, stream=stream)
+    return plan_epoch(shards, seed=seed, epoch=epoch, window=window, stream=stream).order
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 16])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manifests import UserError
-from shards import Batch, ShardDataset, TrainingReader
+from shards import Batch, ImageFormat, ShardDataset, TrainingReader, encode_image
 
 
 def reader(run: Path, batch_size: int = 7, **options) -> TrainingReader:  # type: ignore[no-untyped-def]
@@ -90,16 +90,20 @@ def test_the_number_of_workers_does_not_matter(plain_run: Path, workers: int) ->
 
 def dice(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random numbers in place of the images."""
-    return torch.randint(0, 256, (len(images), 64), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8)
 
 
-def test_every_batch_is_augmented_differently(plain_run: Path) -> None:
-    """Two batches of an epoch, two epochs, two streams, two ranks, two seeds: never the same random numbers."""
-    readers = [reader(plain_run), reader(plain_run, rank=1, world=2), reader(plain_run, seed=2)]
+def test_every_image_is_augmented_differently(plain_run: Path) -> None:
+    """Two samples, two epochs, two streams, two seeds: never the same random numbers."""
     drawn = [
-        half.images[0] for made in readers for epoch in (0, 1) for batch in made.batches(epoch, transform=dice) for half in batch.values()
+        image.flatten()
+        for made in (reader(plain_run), reader(plain_run, seed=2))
+        for epoch in (0, 1)
+        for batch in made.batches(epoch, transform=dice)
+        for half in batch.values()
+        for image in half.images
     ]
-    assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) == 3 * 2 * 6 * 2
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn) > 200
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 6])
@@ -215,3 +219,47 @@ def test_from_an_object_store(plain_run: Path, make_run: Callable[..., Path]) ->
     make_run("memory://reader/run")
     far = TrainingReader("memory://reader/run", batch_size=7, seed=1, window=2)
     assert same(list(far.batches(0)), list(reader(plain_run).batches(0)))
+
+
+def test_augmentation_belongs_to_the_sample(plain_run: Path) -> None:
+    """The augmented image of a key is the same on one rank and on three, in batches of 7 and of 16, with and without workers."""
+
+    def images(**options) -> dict[tuple[str, str], torch.Tensor]:  # type: ignore[no-untyped-def]
+        workers, size = options.pop("workers", 0), options.pop("size", 7)
+        batches = reader(plain_run, size, **options).batches(2, transform=noisy, workers=workers)
+        return {
+            (s, key): image for batch in batches for s, half in batch.items() for key, image in zip(half.keys, half.images, strict=True)
+        }
+
+    alone = images()
+    shared = {name: image for rank in range(3) for name, image in images(rank=rank, world=3, workers=rank).items()}
+    assert alone.keys() == shared.keys()
+    others = images(size=16)
+    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+    assert all(torch.equal(alone[name], image) for name, image in others.items() if name in alone)
+
+
+def test_images_are_channels_last(plain_run: Path) -> None:
+    """The pixels of a batch stay in the order they were decoded in: the layout that the students compute in."""
+    half = next(reader(plain_run).batches(0))["clean"]
+    assert half.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bench_prints_all_four(python: Callable[..., object]) -> None:
+    """`python -m shards bench` on a tiny set: four ways, each with its ratio to the bare loop."""
+    program = "import sys; from shards.__main__ import main; main(sys.argv[1:])"
+    told = python(program, "bench", "--images", "256", "--shards", "2", "--workers", "0,1", "--repeats", "1", "--samples", "2000")
+    lines = told.stdout.splitlines()  # type: ignore[attr-defined]
+    for name in ("bare loop", "webdataset", "torchvision ImageFolder", "this reader"):
+        line = next(line for line in lines if line.startswith(name))
+        assert line.count("(") == 2 and (name != "bare loop" or line.count("(1.00)") == 2)
+    assert any("one epoch planned" in line for line in lines)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_different_sizes(make_run: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    """One published image of another size cannot stand in a batch: named, not a stack trace."""
+    odd = encode_image(torch.zeros(3, 9, 7, dtype=torch.uint8), ImageFormat(format="png"))
+    run = make_run(tmp_path / "run", edit=lambda stream, key, members: members | ({"png": odd} if key == "s1-02" else {}))
+    with pytest.raises(UserError, match=r"clean-000001\.tar: s\d-\d\d: image of \d x \d pixels among others"):
+        list(reader(run, 48, streams=("clean",)).batches(0, workers=workers))

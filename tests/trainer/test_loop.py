@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from manifests import UserError
-from shards import TrainingReader
+from manifests.progress import progress
+from shards import Batch, TrainingReader
 from trainer.checkpoint import BEST, LAST, StudentDir
-from trainer.loop import train, train_step
+from trainer.loop import end_epoch, prepare, train, train_epoch
+from trainer.metrics import Log, Meter
 from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
+from trainer.step import Losses, train_step
 from trainer.student import create_student
 
 from .conftest import CLASSES, SIDE, write_image_set, write_run
@@ -46,23 +49,28 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def step_once(student: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, settings: Recipe, totals: dict[str, int]) -> Losses:
+    return train_step(student, optimizer, batch, settings, totals=totals, rate=0.1, step=0, device=torch.device("cpu"), bf16=False)
+
+
 def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
     """The step's new weights equal those of SGD on the pure loss function."""
     settings = recipe(tiny_run, "optimizer.name=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.clip=null")
-    batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
+    reader = TrainingReader(str(tiny_run), batch_size=8)
+    batch = next(iter(reader.batches(0)))
     students = []
     for _ in range(2):
         torch.manual_seed(0)
         students.append(create_student(STUDENT, CLASSES, SIDE).train())
     optimizer = torch.optim.SGD(students[0].parameters(), lr=0.1)
-    values = train_step(students[0], optimizer, batch, settings, 0.1, torch.device("cpu"), bf16=False, step=0)
+    values = step_once(students[0], optimizer, batch, settings, reader.sizes)
 
     clean, dad = batch["clean"], batch["dad"]
     logits = students[1](torch.cat([clean.images, dad.images]).float() / 255)
     outputs = logits.split([len(clean.images), len(dad.images)])
     loss, _ = student_loss("dad", clean.labels, outputs, [clean.logits.float(), dad.logits.float()], temperature=4.0, weight=0.5)
     loss.backward()
-    assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, theirs in zip(students[0].parameters(), students[1].parameters(), strict=True):
         assert theirs.grad is not None
         torch.testing.assert_close(mine, theirs - 0.1 * theirs.grad)
@@ -79,7 +87,8 @@ def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of an epoch, three times, each time going on from the last checkpoint."""
-    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4"]
+    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4", "accumulate=2", "drop_path=0.2", "loss.smoothing=0.1"]
+    settings += ["augmentation.mixup=0.4", "augmentation.cutmix=1", "augmentation.randaugment=1", "augmentation.erase=0.3"]
     train(recipe(tiny_run, *settings), str(tmp_path / "whole"))
     command = [sys.executable, "-m", "trainer", "train", "--out", str(tmp_path / "killed")]
     base = [f"shards={tiny_run}", f"student={STUDENT}", "validation=null", "precision=fp32", "threads=1", *settings]
@@ -104,7 +113,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: P
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     assert load_file(tmp_path / "whole" / BEST).keys() == load_file(tmp_path / "killed" / BEST).keys()
     rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "killed")]
-    without_time = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]
+    without_time = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]  # the last column is seconds
     assert without_time[0] == without_time[1]
 
 
@@ -169,13 +178,43 @@ def test_label_outside_the_class_list_is_named(tiny_run: Path, tmp_path: Path) -
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_keys(tiny_run: Path) -> None:
-    batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
-    batch["dad"].logits[0, 0] = float("nan")
+def test_a_loss_that_is_not_finite_is_found_when_read_and_named(tiny_run: Path) -> None:
+    """The step itself does not wait for the device: the meter finds the first bad step among those since it was last read."""
+    reader = TrainingReader(str(tiny_run), batch_size=8)
+    batches = list(reader.batches(0))[:3]
+    batches[1]["dad"].logits[0, 0] = float("nan")
     student = create_student(STUDENT, CLASSES, SIDE)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    with pytest.raises(UserError, match=batch["dad"].keys[0]):
-        train_step(student, optimizer, batch, recipe(tiny_run), 0.1, torch.device("cpu"), bf16=False, step=3)
+    meter = Meter()
+    for step, batch in enumerate(batches):
+        meter.add(step, step_once(student, optimizer, batch, recipe(tiny_run), reader.sizes), batch)
+    with pytest.raises(UserError, match=f"the loss or its gradient became nan at step 1; .*{batches[1]['dad'].keys[0]}"):
+        meter.read()
+
+
+def test_a_gradient_that_is_not_finite_is_found_too(tiny_run: Path) -> None:
+    """A loss of 1, whose gradient overflows: without this the weights would be spoiled one step before anybody sees it."""
+    reader = TrainingReader(str(tiny_run), batch_size=8)
+    batch = next(iter(reader.batches(0)))
+    student = create_student(STUDENT, CLASSES, SIDE)
+    student.model.fc.weight.register_hook(lambda gradient: gradient * float("inf"))
+    meter = Meter()
+    meter.add(0, step_once(student, torch.optim.SGD(student.parameters(), lr=0.1), batch, recipe(tiny_run), reader.sizes), batch)
+    with pytest.raises(UserError, match=rf"gradient became nan at step 0; .*{batch['clean'].keys[0]}"):
+        meter.read()
+
+
+@pytest.mark.parametrize("minutes", [0, 60])
+def test_spoiled_weights_are_never_saved(tiny_run: Path, tmp_path: Path, minutes: int) -> None:
+    """A learning rate that blows up: training stops by name, and what it left on disk is finite."""
+    settings = recipe(
+        tiny_run, "optimizer.name=sgd", "optimizer.lr=1e39", "optimizer.clip=null", "batch=40", f"checkpoint_minutes={minutes}"
+    )  # one step an epoch
+    with pytest.raises(UserError, match=r"the weights are no longer finite at step \d+; lower optimizer.lr"):
+        train(settings, str(tmp_path / "student"))
+    state = StudentDir(tmp_path / "student").load_last()
+    assert state is None or all(torch.isfinite(value.float()).all() for value in state["student"].values())
+    assert not (tmp_path / "student" / BEST).exists()
 
 
 def test_damaged_checkpoint_is_named(tiny_run: Path, tmp_path: Path) -> None:
@@ -204,3 +243,44 @@ def test_validation_set_of_another_class_list_is_refused_before_the_first_step(t
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
     with pytest.raises(UserError, match="no image set here"):
         train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))
+
+
+@pytest.mark.parametrize(
+    "change", ["forward=separate", "ema=0", "sync_bn=true", "optimizer.name=lamb", "input=48", "optimizer.layer_decay=0.7"]
+)
+def test_options_train_and_resume_to_the_bit(tiny_run: Path, tmp_path: Path, change: str) -> None:
+    """Two epochs at once, or one epoch, its checkpoint, and the other."""
+    whole, halved = recipe(tiny_run, change), tmp_path / "halved"
+    train(whole, str(tmp_path / "whole"))
+    run = prepare(whole, str(halved))
+    log = Log(halved, whole, 0)
+    with progress(run.total, "first epoch", "step") as bar:
+        train_epoch(run, log, bar)
+        end_epoch(run, log)
+    log.close()
+    train(whole, str(halved))
+    left, right = (StudentDir(folder).load_last() for folder in (tmp_path / "whole", halved))
+    assert left is not None and right is not None
+    assert all(torch.equal(left["student"][name], right["student"][name]) for name in left["student"])
+
+
+def test_a_run_says_what_it_cost(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """51 clean and 33 DAD images, batches of 8: 6 steps of 8 + 5, so 1.62 times plain training; two epochs see 156 images."""
+    train(recipe(tiny_run), str(tmp_path / "student"))
+    told = capsys.readouterr().out
+    assert "8 clean + 5 dad images a step, 1.62 times those of plain training" in told
+    assert "what it cost: 156 images, 1.62 times those of plain training" in told and "images/s" in told
+    assert (tmp_path / "student" / "metrics.csv").read_text().splitlines()[-1].split(",")[-2] == "156"
+
+
+def test_more_parts_than_samples_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="accumulate: 6 parts"):
+        train(recipe(tiny_run, "accumulate=6"), str(tmp_path / "student"))
+
+
+def test_wandb_logs_offline(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an account or a network: the run lies on disk, and training does not depend on it."""
+    pytest.importorskip("wandb", reason="needs pip install '.[wandb]'")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(recipe(tiny_run, "wandb=some-project", "epochs=1"), str(tmp_path / "student"))
+    assert list((tmp_path / "student").rglob("*.wandb"))

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from trainer.schedule import learning_rate
+from trainer.optimizer import learning_rate
 
 
 def test_warmup_is_linear_and_the_end_is_zero() -> None:

@@ -1,0 +1,117 @@
+"""Workers as processes of this machine, one per GPU, or as many as asked for on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+import torch
+
+from manifests import UserError
+
+from ..recipe import Recipe
+from ..worker import Work, work_through
+from . import Watch
+
+FATAL = 2
+LEAVE = 10.0  # seconds for a worker to finish or abandon its batch
+
+
+def devices(recipe: Recipe) -> list[str]:
+    """The device of each worker."""
+    names = [recipe.device]
+    if recipe.device in ("auto", "cuda") and torch.cuda.is_available():
+        names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [names[index % len(names)] for index in range(recipe.launch.workers or len(names))]
+
+
+@dataclass
+class _Slot:
+    """The place of one worker, and the process that fills it at present."""
+
+    process: SpawnProcess
+    complaint: Connection  # the worker's last word, if it ends with a UserError
+    done_before: int  # shards done by anyone when it was started
+    strikes: int = 0  # how often in a row a process of this slot died without any progress
+
+
+def launch(work: Work, watch: Watch) -> None:
+    """Run the workers until all have left. One that dies is replaced, unless it keeps dying and nothing gets done.
+
+    Raises the UserError of a worker for which going on is useless.
+    """
+    names = devices(work.recipe)
+    threads = work.recipe.threads or max((os.cpu_count() or 1) // len(names), 1)
+    codec_threads = work.recipe.codec_threads or min(max((os.cpu_count() or 1) // 2 // len(names), 1), 16)
+    recipes = [replace(work.recipe, device=name, threads=threads, codec_threads=codec_threads) for name in names]
+    works = [replace(work, recipe=recipe) for recipe in recipes]
+    slots = {index: _start(works[index], index, len(names), 0) for index in range(len(names))}
+    try:
+        while slots:
+            wait([slot.process.sentinel for slot in slots.values()], timeout=1.0)
+            done = watch()
+            for index, slot in list(slots.items()):
+                if slot.process.is_alive():
+                    continue
+                slot.process.join()
+                if slot.process.exitcode == FATAL and slot.complaint.poll():
+                    raise UserError(slot.complaint.recv())
+                strikes = slot.strikes + 1 if done == slot.done_before else 0
+                if slot.process.exitcode == 0 or strikes > work.recipe.launch.retries:
+                    del slots[index]
+                else:
+                    slots[index] = replace(_start(works[index], index, len(names), done), strikes=strikes)
+    finally:
+        _end([slot.process for slot in slots.values()])
+
+
+def _start(work: Work, index: int, count: int, done: int) -> _Slot:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(work, index, count, sending), daemon=True)
+    process.start()
+    sending.close()
+    return _Slot(process, receiving, done)
+
+
+def _end(processes: list[SpawnProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(LEAVE)
+        process.kill()
+
+
+def _worker(work: Work, index: int, count: int, complaint: Connection) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent says what to do
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        work_through(work, index, count)
+    except UserError as error:
+        complaint.send(str(error))
+        sys.exit(FATAL)
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _leave_with_parent() -> None:
+    """No orphans: whatever ends the parent, kill -9 included, ends its workers. Nothing half-made has a final name."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        with contextlib.suppress(OSError):
+            wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,35 @@
+"""``python -m shards``: how fast this machine reads shards."""
+
+from __future__ import annotations
+
+import click
+
+from manifests.command import ProjectGroup
+
+
+@click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """The contract between the stages: reading shards."""
+
+
+@main.command()
+@click.option("--images", default=6000, show_default=True, type=click.IntRange(min=128))
+@click.option("--shards", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--workers", default="0,1,2", show_default=True, metavar="N,N,…", help="Numbers of loader workers to try.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Measurements of each, in turn; the best counts.")
+@click.option("--samples", default=1_281_167, show_default=True, help="Samples of the manifest to plan; 1,000 a shard. 0: none.")
+def bench(images: int, shards: int, workers: str, repeats: int, samples: int) -> None:
+    """Compare a bare tar loop, webdataset, ImageFolder and this reader, and time the plan of a large run."""
+    from .benchmark import measure, measure_plan
+
+    try:
+        numbers = tuple(int(number) for number in workers.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{workers!r} is no list of numbers such as 0,1,2", param_hint="--workers") from error
+    measure(images, shards, numbers, repeats)
+    if samples:
+        measure_plan(samples, max(samples // 1000, 1))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m shards")

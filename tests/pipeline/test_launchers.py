@@ -1,0 +1,222 @@
+"""Many workers, on this machine and others, that die, leave and meet: one valid set, the same bytes as a single run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from manifests import RunDir, UserError
+from manifests.claims import Claims, look, read_claim, read_failure
+from pipeline.generate import make_shards
+from pipeline.launchers.local import devices
+from pipeline.status import Survey, status_lines
+from pipeline.verify import problems, summary
+from pipeline.worker import Work, unfinished
+from shards import ShardDataset
+
+Digests = Callable[[Path], dict[str, str]]
+Start = Callable[..., "subprocess.Popen[str]"]
+SLOW = ("--set", "attack.steps=40")  # a second or two for each shard
+
+
+@pytest.fixture(scope="module")
+def slow_run(world, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    """What a run with `SLOW` makes when nobody disturbs it."""
+    out = tmp_path_factory.mktemp("slow") / "run"
+    make_shards(world.load("attack.steps=40"), str(out))
+    return out
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of a command, not counting multiprocessing's own resource tracker."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def gone(pids: list[int]) -> bool:
+    """Ended: no process of that number, or one that only waits to be counted as dead."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for pid in pids if (path := Path(f"/proc/{pid}/stat")).exists()]
+    return set(states) <= {"Z"}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def claims_of(out: Path) -> Iterator[int]:
+    """Process ids of the workers that hold a claim."""
+    store = RunDir(out).store
+    return (claim.pid for shard in look(store).running if (claim := read_claim(store, shard)))
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed(world, slow_run: Path, run_digests: Digests, start: Start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Two workers, one killed with -9 while it makes a shard: status 0, the same bytes as one worker's, nothing left behind."""
+    out = tmp_path / "run"
+    process = start("generate", "--recipe", world.recipe, "--out", out, "--workers", "2", *SLOW)
+    wait_for(lambda: list(claims_of(out)))
+    victim = next(claims_of(out))
+    assert victim in children(process.pid)
+    os.kill(victim, signal.SIGKILL)
+    told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert run_digests(out) == run_digests(slow_run) and not (out / "work").exists()
+
+
+@pytest.mark.slow
+def test_the_parent_is_killed_and_two_go_on(world, slow_run: Path, run_digests: Digests, start: Start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """kill -9 of the command: its workers end too. Then two commands at once: both end well, one valid set, the same bytes."""
+    out = tmp_path / "run"
+    process = start("generate", "--recipe", world.recipe, "--out", out, "--workers", "2", *SLOW)
+    wait_for(lambda: list(claims_of(out)))
+    workers = children(process.pid)
+    process.kill()
+    wait_for(lambda: gone(workers), 5)
+    both = [start("generate", "--recipe", world.recipe, "--out", out, *SLOW) for _ in range(2)]
+    for process in both:
+        told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    assert run_digests(out) == run_digests(slow_run) and list(problems(str(out))) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c(world, start: Start, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Ctrl-C in a terminal reaches the command and its workers: all gone in seconds, one line, no claim left behind."""
+    out = tmp_path / "run"
+    process = start(
+        "generate", "--recipe", world.recipe, "--out", out, "--workers", "2", "--set", "attack.steps=1000", start_new_session=True
+    )
+    wait_for(lambda: list(claims_of(out)))
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1] == "interrupted; what was finished is kept, and the same command goes on from there"
+    assert len(workers) == 2 and gone(workers) and not list(claims_of(out))
+    assert "3 missing" in cli("status", out).out
+
+
+def test_a_worker_s_complaint(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """What a worker finds wrong with the recipe is the command's one line."""
+    told = cli("generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", "--set", "device=cuda:7")
+    assert told.status == 2 and told.err.splitlines()[-1].startswith("error: device: 'cuda:7' is not usable here")
+
+
+def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Tried three times, then named with its reason, status 2, not sealed; the others are done. --allow-missing seals without it and
+    records why; when the reason is gone the same command completes the set."""
+    out = tmp_path / "run"
+    (out / "dad" / "dad-000001.tar").mkdir(parents=True)  # no file can take this name
+    command = ("generate", "--recipe", world.recipe, "--out", out)
+    told = cli(*command)
+    line = told.err.splitlines()[-1]
+    assert told.status == 2 and "1 of 3 shards could not be made, the first 1: failed 3 times: IsADirectoryError" in line
+    assert not (out / "manifest.parquet").exists() and RunDir(out).shards_with_parts() == {0, 2}
+    lines = status_lines(str(out), Survey(RunDir(out)).look(tars=True))
+    assert "2 of 3 shards done, 1 missing, 0 damaged, 1 failed" in lines[0] and "failed: shard 1, 3 times" in lines[1]
+
+    told = cli(*command, "--allow-missing")
+    assert told.status == 0 and "sealed without, as run.json records" in told.err
+    assert (
+        list(RunDir(out).info().missing or {}) == ["1"]
+        and "IsADirectoryError" in json.loads((out / "run.json").read_text())["missing"]["1"]
+    )
+    assert list(problems(str(out))) == [] and "1 of 3 shards are missing with leave" in summary(str(out))
+    assert len(ShardDataset(str(out), "clean")) == 24 and "sealed without 1 shards" in cli("status", out).out
+
+    (out / "dad" / "dad-000001.tar").rmdir()
+    assert cli(*command).status == 0
+    assert run_digests(out) == run_digests(finished_run) and RunDir(out).info().missing is None and not (out / "work").exists()
+
+
+def test_a_broken_worker_does_not_eat_every_shard(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Shard after shard fails for no reason of the source: the worker ends and says why, before every shard is given up."""
+    out = tmp_path / "run"
+    for shard in range(3):
+        (out / "dad" / f"dad-{shard:06d}.tar").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"2 shards in a row failed, the last with IsADirectoryError"):
+        make_shards(world.load("launch.retries=1"), str(out))
+    assert not list(claims_of(out))
+
+
+def test_another_writer_comes_late(world, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """After shard 1 was committed, a worker of another kind of machine puts its own tar in place: noticed before sealing, made anew."""
+    out, other = tmp_path / "run", tmp_path / "other.tar"
+    other.write_bytes((finished_run / "dad" / "dad-000002.tar").read_bytes())
+
+    def interfere() -> None:
+        wait_for((out / "manifest" / "part-000001.parquet").exists)
+        other.rename(out / "dad" / "dad-000001.tar")
+
+    thread = threading.Thread(target=interfere)
+    thread.start()
+    make_shards(world.load(), str(out))
+    thread.join()
+    assert not other.exists() and run_digests(out) == run_digests(finished_run) and list(problems(str(out))) == []
+
+
+def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Claims of dead workers count as failed tries: such a shard is given up in the end, with that reason."""
+    out = tmp_path / "run"
+    store = RunDir(out).store
+    claims = Claims(store)
+    for _ in range(3):  # a worker that claims shard 1 and dies, three times
+        child = os.fork()
+        if not child:
+            os._exit(not (claims.take(1) if not look(store).running else claims.take_over(1)))
+        assert os.waitpid(child, 0)[1] == 0
+    assert claims.take_over(1)
+    failure = read_failure(store, 1)
+    assert failure is not None and failure.tries == 3 and "died or fell silent" in failure.reason
+    work = Work(recipe=world.load(), out=str(out), run="", todo=(0, 1, 2), pieces=())
+    left, given_up = unfinished(work, RunDir(out))
+    assert left == [0, 2] and list(given_up) == [1]
+
+
+def test_devices(world) -> None:  # type: ignore[no-untyped-def]
+    """One worker on the CPU unless more are asked for; devices are dealt in turn."""
+    assert devices(world.load()) == ["cpu"] and devices(world.load("launch.workers=3")) == ["cpu"] * 3
+
+
+BUSY = {"503": 0.05, "cut answer": 0.02, "cut request": 0.02}
+
+
+@pytest.mark.slow
+def test_an_object_store_under_fire(world, finished_run: Path, run_digests: Digests, faults: dict[str, float], cli) -> None:  # type: ignore[no-untyped-def]
+    """OUT=s3://…, while the store answers 503 and cuts connections: the same bytes; status, verify and the reader work on the URL."""
+    url = "s3://bucket/under-fire"
+    faults |= BUSY
+    assert cli("generate", "--recipe", world.recipe, "--out", url).status == 0
+    run = RunDir(url)
+    assert {name: run.store.sha256(name) for name in run_digests(finished_run)} == run_digests(finished_run)
+    assert list(problems(url)) == [] and "3 of 3 shards done, 0 missing, 0 damaged" in cli("status", url).out
+    theirs, ours = ShardDataset(url, "dad"), ShardDataset(str(finished_run), "dad")
+    assert len(theirs) == len(ours) and (theirs[7].image == ours[7].image).all()  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_killed_while_writing_to_an_object_store(
+    world, finished_run: Path, run_digests: Digests, object_store: object, start: Start
+) -> None:  # type: ignore[no-untyped-def]
+    """kill -9 after the first shard, two workers go on: no claim counts as done, the same bytes."""
+    url = "s3://bucket/killed"
+    run = RunDir(url)
+    process = start("generate", "--recipe", world.recipe, "--out", url)
+    wait_for(lambda: run.store.names("clean"))
+    process.kill()
+    assert not run.store.exists("manifest.parquet")
+    again = start("generate", "--recipe", world.recipe, "--out", url, "--workers", "2")
+    told = again.communicate(timeout=120)
+    assert again.returncode == 0, told
+    assert {name: run.store.sha256(name) for name in run_digests(finished_run)} == run_digests(finished_run)

@@ -1,0 +1,183 @@
+"""Remote runs: a real HTTP server on loopback, a bounded cache that several processes share, damage and broken connections."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from manifests import RunDir, Store, UserError
+from manifests.rows import TarRecord
+from shards import TrainingReader
+from shards.cache import ATTEMPTS, TarCache
+
+pytest.importorskip("aiohttp", reason="fsspec's http:// needs aiohttp")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder; counts whole-file requests by name; may cut the first answers for a name in the middle."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.fetched: Counter[str] = Counter()
+        self.cuts: dict[str, int] = {}
+        self.folder = folder
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/")
+        self.server.fetched[name] += 1
+        if self.server.cuts.get(name, 0) > 0:
+            self.server.cuts[name] -= 1
+            data = (self.server.folder / name).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        else:
+            super().do_GET()
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(plain_run: Path, tmp_path: Path) -> Iterator[Server]:
+    served = Server(Path(shutil.copytree(plain_run, tmp_path / "served")))
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def tars_of(run: Path) -> list[TarRecord]:
+    return RunDir(run).manifest()[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_batches_over_http(server: Server, plain_run: Path, workers: int) -> None:
+    """A remote run reads as a local one; every tar travels once, in the first epoch."""
+    far = TrainingReader(server.url, batch_size=7, seed=1, window=2)
+    near = TrainingReader(str(plain_run), batch_size=7, seed=1, window=2)
+    far.check()
+    server.fetched.clear()  # fsspec asks whether a file exists by GET
+    for epoch in range(2):
+        for a, b in zip(far.batches(epoch, workers=workers), near.batches(epoch), strict=True):
+            for stream in a:
+                assert a[stream].keys == b[stream].keys and torch.equal(a[stream].images, b[stream].images)
+    tars = {name: count for name, count in server.fetched.items() if name.endswith(".tar")}
+    assert set(tars.values()) == {1} and len(tars) == 10
+
+
+def test_read_ahead(server: Server) -> None:
+    """Tars of the next window are fetched before a sample of them is asked for."""
+    reader = TrainingReader(server.url, batch_size=1, streams=("clean",), window=1)
+    batches = reader.batches(0)
+    next(batches)
+    plan = reader.plan("clean", 0)
+    wanted = [f"clean/clean-{int(plan.windows[n][0]):06d}.tar" for n in (0, 1)]
+    for _ in range(500):
+        if all(server.fetched[name] for name in wanted):
+            break
+        threading.Event().wait(0.01)
+    assert all(server.fetched[name] for name in wanted) and sum(count for name, count in server.fetched.items() if "tar" in name) == 2
+
+
+def test_several_processes_fetch_a_tar_once(server: Server, plain_run: Path) -> None:
+    program = (
+        "import sys\nfrom manifests import RunDir, Store\nfrom shards.cache import TarCache\n"
+        "source, cache = Store(sys.argv[1]), TarCache(1 << 30)\n"
+        "for tar in RunDir(sys.argv[2]).manifest()[1]: print(cache.fetch(source, tar))\n"
+    )
+    command = [sys.executable, "-c", program, server.url, str(plain_run)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(3)]
+    told = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0] and len(set(told)) == 1
+    assert set(server.fetched.values()) == {1} and len(server.fetched) == len(tars_of(plain_run))
+
+
+def test_the_bound_holds_and_the_oldest_goes(plain_run: Path, cache_folder: Path) -> None:
+    """Room is made by what was not used for longest; a file that is being read stays readable."""
+    source, tars = Store(plain_run), tars_of(plain_run)
+    cache = TarCache(3 * max(tar.size for tar in tars))
+    for n, tar in enumerate(tars):
+        cache.fetch(source, tar)
+        os.utime(cache_folder / "tars" / f"{tar.sha256}.tar", ns=(n * 10**9, n * 10**9))
+        held = list((cache_folder / "tars").glob("*.tar"))
+        assert sum(path.stat().st_size for path in held) <= cache.limit
+    assert {path.stem for path in held} == {tar.sha256 for tar in tars[-len(held) :]} and len(held) >= 3
+    small = TarCache(tars[0].size)
+    data = (plain_run / tars[0].name).read_bytes()
+    for offset in range(0, 2000, 500):  # two tars that push each other out
+        assert small.read_range(source, tars[0], offset, 500) == data[offset : offset + 500]
+        if tars[1].size <= small.limit:
+            small.fetch(source, tars[1])
+
+
+def test_a_cache_that_is_too_small_is_refused(server: Server) -> None:
+    with pytest.raises(UserError, match=r"two windows of 2 shards take .* GiB.*raise cache_gb, or lower window"):
+        TrainingReader(server.url, batch_size=7, window=2, cache_gb=1e-6)
+    tar = tars_of(server.folder)[0]
+    with pytest.raises(UserError, match="do not fit into a cache of 100; raise cache_gb"):
+        TarCache(100).fetch(Store(server.url), tar)
+
+
+def test_a_connection_that_breaks_once(server: Server) -> None:
+    """Half an answer is no tar: it is fetched again."""
+    tar = tars_of(server.folder)[0]
+    server.cuts[tar.name] = 1
+    TarCache(1 << 30).fetch(Store(server.url), tar)
+    assert server.fetched[tar.name] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "cut"])
+def test_remote_damage_is_named(server: Server, cache_folder: Path, harm: str, workers: int) -> None:
+    """A tar that is not the manifest's never gets a name in the cache; reading stops with its URL, from any worker."""
+    name = "clean/clean-000002.tar"
+    path = server.folder / name
+    data = bytearray(path.read_bytes())
+    if harm == "flip":
+        data[700] ^= 1
+        path.write_bytes(data)
+    elif harm == "truncate":
+        path.write_bytes(data[:1024])
+    elif harm == "remove":
+        path.unlink()
+    else:
+        server.cuts[name] = 10 * ATTEMPTS
+    digest = next(tar.sha256 for tar in tars_of(server.folder) if tar.name == name)
+    with pytest.raises(UserError, match=f"^{server.url}/{name}: ") as caught:
+        list(TrainingReader(server.url, batch_size=7, window=2).batches(0, workers=workers))
+    assert "\n" not in str(caught.value) and not (cache_folder / "tars" / f"{digest}.tar").exists()
+
+
+def test_an_unwritable_cache_says_which_variable(plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="DAD_CACHE"):
+        TrainingReader(str(plain_run), batch_size=7)

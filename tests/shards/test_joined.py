@@ -1,0 +1,98 @@
+"""Runs that store labels only, with the user's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from manifests import UserError
+from pipeline.sources import clean_key as source_key
+from shards import ShardDataset, TrainingReader, iterate_tar
+from shards.cache import cache_folder
+from shards.tar import clean_key
+from tests.conftest import draw_pictures, jpeg, write_tar
+
+MakeRun = Callable[..., Path]
+SIZES = (9, 12)
+
+
+@pytest.fixture
+def run(make_run: MakeRun, tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run", sizes=SIZES, images=False)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """The user's tars: other tars than the run's shards, in another order, with images that are not of the run, and not square."""
+    keys = [f"s{shard}-{n:02d}" for shard, size in enumerate(SIZES) for n in range(size)]
+    images = {key: jpeg(picture[:, :, :24]) for key, picture in zip([*keys, "extra"], draw_pictures(len(keys) + 1), strict=True)}
+    order = sorted(images, key=lambda key: key[::-1])
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number in range(4):
+        members = [member for key in order[number::4] for member in ((f"{key}.cls", b"0"), (f"{key}.jpg", images[key]))]
+        write_tar(folder / f"mine-{number}.tar", members)
+    return folder
+
+
+def test_images_join_their_labels(run: Path, own: Path) -> None:
+    """Every key gets the canvas of its own image, whatever tar it lies in; labels and logits stay the run's."""
+    from shards.canvas import load_canvas
+
+    by_key = {}
+    for path in own.glob("*.tar"):
+        with open(path, "rb") as file:
+            by_key |= {sample.key: load_canvas(sample.members["jpg"], 8) for _, sample in iterate_tar(file, str(path))}
+    bare, joined = ShardDataset(str(run), "clean"), ShardDataset(str(run), "clean", images=own)
+    assert len(joined) == len(bare) > 15
+    for n in range(len(bare)):
+        assert bare[n].image is None and joined[n].image is not None
+        assert joined[n].key == bare[n].key and joined[n].label == bare[n].label and torch.equal(joined[n].logits, bare[n].logits)
+        assert torch.equal(joined[n].image, by_key[bare[n].key])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_from_own_images(run: Path, own: Path, workers: int) -> None:
+    reader = TrainingReader(str(run), batch_size=5, streams=("clean",), images=own)
+    for batch in reader.batches(0, workers=workers):
+        assert batch["clean"].images.shape == (5, 3, 8, 8)
+
+
+def test_the_join_is_kept(run: Path, own: Path) -> None:
+    """The second opening reads no tar; a tar that changed is scanned again."""
+    ShardDataset(str(run), "clean", images=own)
+    kept = set((cache_folder() / "indexes").iterdir())
+    ShardDataset(str(run), "clean", images=own)
+    assert set((cache_folder() / "indexes").iterdir()) == kept
+    first = next(own.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:700])
+    with pytest.raises(UserError, match=str(first)):
+        ShardDataset(str(run), "clean", images=own)
+
+
+def test_images_that_are_not_there(run: Path, own: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no tars"):
+        ShardDataset(str(run), "clean", images=tmp_path / "empty")
+    for path in own.glob("mine-[01].tar"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"\d+ of \d+ images of the run are not here, the first is s\d-\d\d"):
+        ShardDataset(str(run), "clean", images=own)
+
+
+def test_an_unreadable_image_is_named(run: Path, own: Path) -> None:
+    path = own / "mine-0.tar"
+    with open(path, "rb") as file:
+        members = [(f"{s.key}.jpg", s.members["jpg"][:50]) for _, s in iterate_tar(file, str(path))]
+    write_tar(path, members)
+    reader = TrainingReader(str(run), batch_size=5, streams=("clean",), images=own)
+    with pytest.raises(UserError, match=rf"{path}: s\d-\d\d: unreadable image"):
+        list(reader.batches(0))
+
+
+@pytest.mark.parametrize("name", ["n01/n01_3", "a b/c", "plain", "ü", "x" * 200, "", "a/b-c_D9"])
+def test_keys_are_those_of_stage_one(name: str) -> None:
+    assert clean_key(name) == source_key(name)

@@ -1,0 +1,78 @@
+"""The cost ledger: its arithmetic by hand, and one whole run on small real models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from trainer.cost import main
+from trainer.ledger import PAPER, Timing, clock, table
+
+ROWS = ("plain", "KD from shards", "DAD from shards", "KD, live teacher", "DAD, live teacher", "Fast AdvProp-1", *PAPER)
+
+
+def test_ratios_are_taken_within_a_turn() -> None:
+    """A machine that becomes ten times slower after the first turn does not change them."""
+    timings = {
+        "plain": [Timing(0.010, 0.0), Timing(0.100, 0.5)],
+        "DAD from shards": [Timing(0.015, 0.0), Timing(0.150, 0.02)],
+        "DAD, live teacher": [Timing(0.060, 0.0), Timing(0.600, 0.0)],
+    }
+    told = table(timings, [0.040, 0.400], epochs=8)
+    assert "| DAD from shards | 82.50 | 1.50 [1.50, 1.50] | 2 | 1.0% |" in told
+    assert "| DAD, live teacher | 330.00 | 6.00 [6.00, 6.00] |  | 0.0% |" in told
+    assert "DAD from shards: 1.50 x plain (goal: 2.0), 0.25 of the scheme with a live teacher" in told
+    assert "220.0 ms per clean image, or 4.00 epochs of plain training" in told
+    # 1.5 + 4 epochs of making / 8 epochs of training / students
+    assert "2.00 with 1, 1.75 with 2, 1.60 with 5, 1.55 with 10" in told
+
+
+def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five batches of four clean images; the first two are slow to come, the others take 1 second to come and 3 to train on."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def batches() -> Iterator[Any]:
+        for number in range(5):
+            now[0] += 10 if number < 2 else 1
+            yield {"clean": SimpleNamespace(keys=["k"] * 4)}
+
+    def step(_batch: Any) -> None:
+        now[0] += 3
+
+    timing = clock(batches(), step, 2, torch.device("cpu"))
+    assert timing.seconds == pytest.approx(3 * (1 + 3) / 12)
+    assert timing.waiting == pytest.approx(1 / 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("models", ["run", "random"])
+def test_the_whole_ledger_on_small_models(finished_run: Path, models: str) -> None:
+    """Every scheme trains on a real run, with the models that made it, or with untrained ones of full size."""
+    options = ["--shards", str(finished_run), "--student", "test_resnet", "--steps", "1", "--repeats", "1"]
+    settings = ["batch=10", "threads=1", "device=cpu", "precision=fp32"]
+    if models == "random":
+        options += ["--random", "test_vit"]
+    result = CliRunner().invoke(main, [*options, *(part for setting in settings for part in ("--set", setting))])
+    assert result.exit_code == 0, result.output
+    for name in ROWS:
+        assert f"\n| {name} |" in result.output
+    assert "epochs of plain training" in result.output
+
+
+def test_too_few_batches_are_a_user_error(finished_run: Path) -> None:
+    options = ["--shards", str(finished_run), "--student", "test_resnet", "--steps", "50", "--set", "batch=10"]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 2 and "batches, a measurement takes 51; lower batch or --steps" in result.output
+
+
+def test_an_unknown_teacher_is_a_user_error(finished_run: Path) -> None:
+    result = CliRunner().invoke(main, ["--shards", str(finished_run), "--random", "vit_large_patch14_clip_225"])
+    assert result.exit_code == 2 and "did you mean 'vit_large_patch14_clip_224'" in result.output

@@ -1,0 +1,93 @@
+"""Students from weights that were there before: what fits is taken, the head of other classes is not, strangers' code never runs."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from manifests import UserError
+from trainer.optimizer import create_optimizer
+from trainer.recipe import Optimizer
+from trainer.student import create_student
+
+NAME = "test_vit"
+
+
+def checkpoint(path: Path, classes: int, side: int = 160) -> Path:
+    torch.manual_seed(1)
+    torch.save(create_student(NAME, classes, side).model.state_dict(), path)
+    return path
+
+
+def test_a_checkpoint_of_the_same_classes_is_taken_whole(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "w.pth", classes=5)
+    state = create_student(NAME, 5, 160, pretrained=str(path)).model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in torch.load(path, weights_only=True).items())
+
+
+def test_a_head_of_other_classes_is_left_out_and_positions_are_resized(tmp_path: Path) -> None:
+    """As for a ViT from ImageNet-21k: 21,841 classes there, ours here, and another input size."""
+    path = checkpoint(tmp_path / "w.pth", classes=7)
+    student = create_student(NAME, 5, 64, pretrained=str(path))
+    old, new = torch.load(path, weights_only=True), student.model.state_dict()
+    assert new["head.weight"].shape[0] == 5
+    assert torch.equal(new["blocks.0.attn.qkv.weight"], old["blocks.0.attn.qkv.weight"])
+    assert new["pos_embed"].shape[1] < old["pos_embed"].shape[1]
+    assert student(torch.rand(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return print, ("executed",)
+
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(UserError, match="pickled code"):
+        create_student(NAME, 5, 64, pretrained=str(path))
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(create_student("test_resnet", 5, 64).model.state_dict(), path)
+    with pytest.raises(UserError, match=r"student: test_vit cannot be built"):
+        create_student(NAME, 5, 64, pretrained=str(path))
+
+
+def test_an_unknown_tag_gets_the_nearest_known() -> None:
+    with pytest.raises(UserError, match=r"pretrained: 'augreg_in22k' is no file, and no tag .*'augreg_in21k'"):
+        create_student("vit_base_patch16_224", 5, 224, pretrained="augreg_in22k")
+
+
+def test_an_option_that_the_model_lacks_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="vgg11 cannot be built"):
+        create_student("vgg11", 5, 64, drop_path=0.1)
+
+
+def test_layer_decay_gives_lower_layers_lower_rates() -> None:
+    model = create_student(NAME, 5, 64).model
+    groups = create_optimizer(model, Optimizer(name="adamw", layer_decay=0.5)).param_groups
+    rate = {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
+    assert rate[id(model.head.weight)] == 1
+    assert rate[id(model.patch_embed.proj.weight)] < rate[id(model.blocks[0].attn.qkv.weight)] < rate[id(model.head.weight)]
+
+
+def test_positions_and_biases_take_no_weight_decay() -> None:
+    model = create_student(NAME, 5, 64).model
+    groups = create_optimizer(model, Optimizer(name="adamw", weight_decay=0.1)).param_groups
+    decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    assert decay[id(model.pos_embed)] == decay[id(model.head.bias)] == 0
+    assert decay[id(model.head.weight)] == 0.1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_optimizers_of_the_paper_step(name: str) -> None:
+    student = create_student("test_resnet", 5, 32)
+    optimizer = create_optimizer(student.model, Optimizer(name=name, lr=0.01))
+    before = student.model.fc.weight.detach().clone()
+    student(torch.rand(4, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, student.model.fc.weight)

@@ -1,0 +1,147 @@
+"""A student for others: a directory that timm and the Hugging Face hub load, with a model card that holds its numbers; ONNX on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+from torch import nn
+
+from manifests import Store, UserError
+
+from .checkpoint import BEST, StudentDir, StudentInfo
+from .evaluate import RESULTS, Score
+from .student import Student, fixed_size
+
+CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"  # the names that the hub expects
+OPSET = 18
+
+
+def export(run: StudentDir, out: str, *, onnx: bool = False) -> list[str]:
+    """Write a student's best weights to a directory for ``timm.create_model("local-dir:OUT")``; returns the names of the files.
+
+    Raises UserError when the run has no finished epoch, or when ONNX is asked for and not installed.
+    """
+    info, student = run.info(), run.load_student()
+    files = {
+        CONFIG: (json.dumps(timm_config(info, student.model), indent=2) + "\n").encode(),
+        WEIGHTS: save({name: value.contiguous() for name, value in student.model.state_dict().items()}, metadata={"format": "pt"}),
+    }
+    if onnx:
+        files[ONNX] = to_onnx(student, info.side)
+    files[CARD] = model_card(info, read_scores(run), onnx=onnx).encode()  # last: a directory with a card is complete
+    store = Store(out)
+    for name, data in files.items():
+        store.write(name, data)
+    return list(files)
+
+
+def timm_config(info: StudentInfo, model: nn.Module) -> dict[str, Any]:
+    """``config.json`` in timm's format: architecture, classes, and the preprocessing of the images that the student learned from."""
+    source: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    preprocessing = {
+        "input_size": [3, info.side, info.side],
+        "fixed_input_size": fixed_size(info.student),
+        "mean": info.mean,
+        "std": info.std,
+        "interpolation": "bicubic",  # resized to the side and cut in the middle, as `shards.canvas.load_canvas` does
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "num_classes": len(info.classes),
+        "classifier": source.get("classifier"),
+        "first_conv": source.get("first_conv"),
+    }
+    config = {
+        "architecture": info.student.split(".")[0],
+        "num_classes": len(info.classes),
+        "num_features": model.num_features,
+        "label_names": info.classes,
+        "pretrained_cfg": preprocessing,
+    }
+    return config | ({"model_args": {"img_size": info.side}} if fixed_size(info.student) else {})
+
+
+def to_onnx(student: Student, side: int) -> bytes:
+    """The student with its normalisation as ONNX: ``images`` float32 [B, 3, side, side] in [0, 1] -> ``logits`` [B, classes], any B."""
+    try:
+        import onnxscript  # noqa: F401  # torch's exporter needs it, and says so at length
+    except ImportError as error:
+        raise UserError("onnx: is not installed; pip install '.[onnx]', or leave out --onnx") from error
+    images = torch.rand(2, 3, side, side)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.onnx.export(
+        student.eval(),
+        (images,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: batch}},
+        verbose=False,
+    )
+    data: bytes = program.model_proto.SerializeToString()  # type: ignore[union-attr]
+    return data
+
+
+def read_scores(run: StudentDir) -> dict[str, Score]:
+    """What ``make eval`` measured on these very weights; empty when it has not."""
+    if not run.store.exists(RESULTS):
+        return {}
+    try:
+        tree = json.loads(run.store.read(RESULTS))
+        scores = {name: Score(**score) for name, score in tree["scores"].items()}
+        return scores if tree.get("weights") == run.store.sha256(BEST) else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.store.where(RESULTS)}: damaged ({error}); delete it and run `make eval` again") from error
+
+
+def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> str:
+    """README.md in the hub's format: what the student is, its numbers, how to load it, and what decided it."""
+    front = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["image-classification", "timm"]}
+    names = {"plain": "plain training", "kd": "knowledge distillation", "dad": "Discrete Adversarial Distillation"}
+    rows = [f"| {name} | {score.top1:.1f} ± {score.error:.1f} | {score.images:,} |" for name, score in scores.items()]
+    numbers = ["Not evaluated yet (`make eval`)."]
+    if rows:
+        numbers = ["| image set | top-1 (%) ± binomial standard error | images |", "|---|---|---|", *rows]
+    loading = [
+        "```python",
+        "import timm",
+        "",
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:USER/NAME" after uploading this folder',
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
+        "```",
+    ]
+    if onnx:
+        loading += ["", f"`{ONNX}` has the normalisation inside: `images` float32 [B, 3, {info.side}, {info.side}] in [0, 1] -> `logits`."]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).rstrip(),
+            "---",
+            f"# {info.student}, {names[info.recipe['loss']['objective']]}",
+            "",
+            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, trained on shards {info.shards} by the method of "
+            "[Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441).",
+            "",
+            "## Numbers",
+            *numbers,
+            "",
+            "## Use",
+            *loading,
+            "",
+            "## Recipe",
+            "```yaml",
+            yaml.safe_dump({name: _public(value) for name, value in info.identity.items()}, sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _public(value: Any) -> Any:
+    """Without the folders of this machine: of an absolute path, the last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,0 +1,198 @@
+"""The cost ledger (paper, table 7): what a clean image costs under every way of training, timed in turn with the same student and data."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from manifests import UserError
+from manifests.devices import use_bf16
+from manifests.progress import progress
+from shards import Batch, TrainingReader, seeded_generator
+from shards.codec import to_float
+
+from . import online
+from .augmentation import Augment
+from .loop import timed
+from .objectives import STREAMS, Objective
+from .optimizer import create_optimizer
+from .recipe import Recipe
+from .step import batch_loss
+from .student import create_student
+
+# Table 7 gives Fast AdvProp as 3: its three passes are those of AdvProp with one step. Decoupled, as published, it takes fewer.
+PAPER = {"AT-10": 11.0, "AdvProp-5": 7.0, "AdvProp-1": 3.0, "DAT-1": 3.5, "DAD from shards": 2.0}
+STUDENTS = (1, 2, 5, 10)  # that share one set of shards
+
+
+@dataclass(frozen=True)
+class Models:
+    """The frozen models of stage 1, on the device."""
+
+    teacher: online.Teacher
+    discretizer: online.Quantizer
+    generate: Callable[[torch.Tensor, torch.Tensor], object]  # all that stage 1 computes for clean images and labels
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One line of the ledger."""
+
+    name: str
+    objective: Objective  # decides which streams are read
+    loss: Callable[[Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measurement of one scheme."""
+
+    seconds: float  # per clean image, loading included
+    waiting: float  # share of it spent waiting for data; an upper bound on a GPU, which computes meanwhile
+
+
+def schemes(
+    recipe: Recipe, student: nn.Module, auxiliary: nn.Module, models: Models, totals: dict[str, int], device: torch.device
+) -> list[Scheme]:
+    """Every line of the ledger, plain training first. totals: samples of each stream in a batch."""
+    temperature, weight = recipe.loss.temperature, recipe.loss.weight
+    generator = seeded_generator("cost", recipe.seed)
+
+    def stored(name: str, objective: Objective) -> Scheme:
+        settings = replace(recipe, loss=replace(recipe.loss, objective=objective))
+        return Scheme(name, objective, lambda batch: batch_loss(student, batch, settings, totals, generator, device)[0])
+
+    def live(name: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Scheme:
+        return Scheme(name, "plain", lambda batch: loss(images_of(batch, "clean", device), batch["clean"].labels.to(device)))
+
+    def live_dad(batch: Batch) -> torch.Tensor:
+        clean, dad = (images_of(batch, stream, device) for stream in ("clean", "dad"))
+        labels = batch["clean"].labels.to(device)
+        return online.live_dad_loss(student, models.teacher, clean, labels, dad, temperature=temperature, weight=weight)
+
+    return [
+        stored("plain", "plain"),
+        stored("KD from shards", "kd"),
+        stored("DAD from shards", "dad"),
+        live("KD, live teacher", lambda x, y: online.live_kd_loss(student, models.teacher, x, y, temperature=temperature, weight=weight)),
+        Scheme("DAD, live teacher", "dad", live_dad),
+        live("AT-10", lambda x, y: online.adversarial_training_loss(student, x, y, generator)),
+        live("AdvProp-5", lambda x, y: online.advprop_loss(student, auxiliary, x, y, generator)),
+        live("AdvProp-1", lambda x, y: online.advprop_loss(student, auxiliary, x, y, generator, steps=1)),
+        live("Fast AdvProp-1", lambda x, y: online.fast_advprop_loss(student, auxiliary, x, y, generator)),
+        live("DAT-1", lambda x, y: online.dat_loss(student, models.discretizer, x, y, generator)),
+    ]
+
+
+def images_of(batch: Batch, stream: str, device: torch.device) -> torch.Tensor:
+    """A half's images on the device, [B, 3, H, W] in [0, 1]."""
+    return to_float(batch[stream].images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+
+
+def measure(
+    recipe: Recipe, models: Models, device: torch.device, *, steps: int, repeats: int
+) -> tuple[dict[str, list[Timing]], list[float]]:
+    """Time all schemes in turn, ``repeats`` times over: their timings by name, and seconds per clean image of making the shards.
+
+    Raises UserError when the shards hold too few batches for one measurement.
+    """
+    readers = {
+        objective: TrainingReader(recipe.shards, batch_size=recipe.batch, streams=streams, seed=recipe.seed, window=recipe.window)
+        for objective, streams in STREAMS.items()
+    }
+    dataset, batches = readers["dad"].datasets["clean"], readers["dad"].steps
+    side = recipe.input or int(dataset.info.recipe["canvas"])
+    warmup = 1 + 4 * recipe.workers  # what the loader has read ahead must be used up, or it would seem free
+    if recipe.batch < 10:
+        raise UserError(f"batch: {recipe.batch}; Fast AdvProp's fifth of it would be a single image: set it to 10 or more")
+    if batches < warmup + steps:
+        raise UserError(f"{recipe.shards}: {batches} batches, a measurement takes {warmup + steps}; lower batch or --steps")
+    torch.manual_seed(recipe.seed)
+    student = create_student(recipe.student, len(dataset.classes), side).to(device).to(memory_format=torch.channels_last).train()
+    auxiliary = online.with_auxiliary_norms(student)
+    optimizer = create_optimizer(nn.ModuleList([student, auxiliary]), recipe.optimizer)
+    augment, bf16 = Augment(recipe.augmentation, side), use_bf16(recipe.precision, device)
+
+    def update(scheme: Scheme, batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = scheme.loss(batch)
+        loss.backward()
+        if recipe.optimizer.clip is not None:
+            nn.utils.clip_grad_norm_(student.parameters(), recipe.optimizer.clip)
+        optimizer.step()
+
+    def generate(batch: Batch) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            models.generate(images_of(batch, "clean", device), batch["clean"].labels.to(device))
+
+    lines = schemes(recipe, student, auxiliary, models, readers["dad"].sizes, device)
+    timings: dict[str, list[Timing]] = {scheme.name: [] for scheme in lines}
+    generation: list[float] = []
+    with progress(repeats * (len(lines) + 1), "measuring", "scheme") as bar:
+        for epoch in range(repeats):
+            for scheme in lines:
+                read = readers[scheme.objective].batches(epoch, workers=recipe.workers, transform=augment)
+                some = itertools.islice(read, warmup + steps)
+                timings[scheme.name].append(clock(some, lambda batch, scheme=scheme: update(scheme, batch), warmup, device))  # type: ignore[misc]
+                bar.update()
+            some = itertools.islice(readers["plain"].batches(epoch), 3)
+            generation.append(clock(some, generate, 1, device).seconds)
+            bar.update()
+    return timings, generation
+
+
+def clock(batches: Iterator[Batch], step: Callable[[Batch], None], warmup: int, device: torch.device) -> Timing:
+    """Run all batches, the device idle before and after; time those after the first ``warmup``."""
+    started = waited = 0.0
+    images = 0
+    for number, (batch, waiting) in enumerate(timed(batches)):
+        if number == warmup:
+            wait_for(device)
+            started = time.monotonic() - waiting
+        if number >= warmup:
+            waited, images = waited + waiting, images + len(batch["clean"].keys)
+        step(batch)
+    wait_for(device)
+    total = time.monotonic() - started
+    return Timing(total / images, waited / total)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(timings: dict[str, list[Timing]], generation: list[float], epochs: int) -> str:
+    """The ledger in Markdown. Ratios are to plain training of the same turn: their median [lowest, highest].
+
+    generation: seconds per clean image of making the shards; it is spread over ``epochs`` and over the students that share the shards.
+    """
+    plain = [timing.seconds for timing in timings["plain"]]
+    lines = ["| scheme | ms per clean image | x plain | paper | waiting for data |", "|---|---|---|---|---|"]
+    cost: dict[str, float] = {}
+    for name, measured in timings.items():
+        ratios = [timing.seconds / base for timing, base in zip(measured, plain, strict=True)]
+        cost[name] = statistics.median(ratios)
+        per_image = 1000 * statistics.median(timing.seconds for timing in measured)
+        waiting = statistics.median(timing.waiting for timing in measured)
+        spread = f"{cost[name]:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        paper = f"{PAPER[name]:g}" if name in PAPER else ""
+        lines.append(f"| {name} | {per_image:.2f} | {spread} | {paper} | {waiting:.1%} |")
+    dad, live = cost["DAD from shards"], cost["DAD, live teacher"]
+    making = statistics.median(made / base for made, base in zip(generation, plain, strict=True))
+    once = f"{1000 * statistics.median(generation):.1f} ms per clean image, or {making:.2f} epochs of plain training"
+    shared = ", ".join(f"{dad + making / epochs / students:.2f} with {students}" for students in STUDENTS)
+    lines += [
+        "",
+        f"DAD from shards: {dad:.2f} x plain (goal: 2.0), {dad / live:.2f} of the scheme with a live teacher.",
+        f"Making the shards, once: {once}.",
+        f"DAD with its share of that, over {epochs} epochs, by the number of students that use the shards: {shared}.",
+    ]
+    return "\n".join(lines)

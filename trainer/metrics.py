@@ -1,0 +1,99 @@
+"""What training measures: losses, kept on the device and read seldom, and where they are written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from manifests import UserError
+from manifests.recipe import as_tree, fingerprint
+from shards import Batch
+
+from .distributed import gather, is_first, sum_over_ranks
+from .recipe import Recipe
+
+
+class Meter:
+    """Losses of the steps since they were last read. Reading waits for the device; adding does not."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, dict[str, torch.Tensor], list[str]]] = []
+
+    def add(self, step: int, losses: Mapping[str, torch.Tensor], batch: Batch) -> None:
+        self._pending.append((step, dict(losses), [key for half in batch.values() for key in half.keys]))
+
+    def read(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, losses) of every step since the last reading, in order.
+
+        Raises UserError, naming the samples, at the first step whose loss or gradient is not finite: the weights are spoiled from there
+        on, so nothing may be saved before reading.
+        """
+        if not self._pending:
+            return []
+        pending, self._pending = self._pending, []
+        own = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in pending])
+        values = sum_over_ranks(own).tolist()  # one wait for all
+        read = []
+        for (step, losses, keys), row, mine in zip(pending, values, own.isfinite().all(1), strict=True):
+            named = dict(zip(losses, row, strict=True))
+            if not math.isfinite(named["loss"]):
+                keys = [key for part in gather([] if mine else keys) for key in part]
+                what = f"the loss or its gradient became {named['loss']} at step {step}"
+                raise UserError(f"{what}; lower optimizer.lr, or look at the samples: {', '.join(keys)}")
+            read.append((step, named))
+        return read
+
+
+class Log:
+    """Scalars to TensorBoard and, if the recipe names a project, to Weights & Biases; of several processes the first one writes."""
+
+    def __init__(self, folder: Path, recipe: Recipe, start: int) -> None:
+        """start: the step to go on from; what an interrupted run logged after it is dropped."""
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start) if is_first() else None
+        self._wandb = _wandb_run(folder, recipe, recipe.wandb) if recipe.wandb and is_first() else None
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:
+    """A run that keeps its identity when it is resumed; on disk alone unless WANDB_MODE says otherwise."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb: is not installed; pip install '.[wandb]', or --set wandb=null") from error
+    return wandb.init(
+        project=project,
+        name=folder.name,
+        id=fingerprint(str(folder.resolve())),
+        resume="allow",
+        dir=str(folder),
+        config=as_tree(recipe),
+        mode=os.environ.get("WANDB_MODE", "offline"),
+    )
+
+
+def to_csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    return text.getvalue()

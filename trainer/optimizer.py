@@ -1,0 +1,44 @@
+"""The optimizer, from timm, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import timm.optim
+import torch
+from torch import nn
+
+from manifests import UserError
+from manifests.recipe import nearest
+
+from .recipe import Optimizer
+
+FUSED = ("adam", "adamw", "sgd", "momentum")  # of torch, in one pass over the weights: AdamW is 3.5x faster on CPU
+
+
+def create_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over a timm model, whose own lists say what takes no weight decay and which layer is which.
+
+    Raises UserError for a name that timm does not know.
+    """
+    if settings.name.lower() not in timm.optim.list_optimizers():
+        raise UserError(f"optimizer.name: timm knows no optimizer {settings.name!r}{nearest(settings.name, timm.optim.list_optimizers())}")
+    fused = {"fused": True} if settings.name.lower() in FUSED else {}
+    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+        model,
+        opt=settings.name,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        layer_decay=settings.layer_decay,
+        **fused,
+    )
+    return optimizer
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """Linear up to ``peak`` over ``warmup`` steps, then half a cosine down to 0 at ``total``."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
