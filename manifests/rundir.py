@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pydantic
 
-from .errors import UserError
+from .errors import Unwritable, UserError
 from .recipe import fingerprint
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_table
 from .store import Store
@@ -121,6 +121,8 @@ class RunDir:
             _, record = self.part(shard, run)
         except FileNotFoundError:
             return f"{self.store.where(part_name(shard))}: missing"
+        except Unwritable:  # out of reach is not damaged
+            raise
         except UserError as error:
             return str(error)
         return next((why for tar in record.tars if (why := self.tar_damage(tar, content=content))), None)

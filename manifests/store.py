@@ -134,7 +134,10 @@ class Store:
             try:
                 self._ask(name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
             except FileExistsError:
-                return self.read(name) == data  # ours: an answer that got lost was asked for again
+                try:
+                    return self.read(name) == data  # ours: an answer that got lost was asked for again
+                except FileNotFoundError:  # somebody else's, and given up meanwhile
+                    return False
             return True
 
     def remove(self, name: str) -> None:

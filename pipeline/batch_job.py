@@ -6,6 +6,7 @@ waits for the verdicts. On a GPU nothing waits before `collect`: while it attack
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def collect(batch: JudgedBatch) -> list[Result]:
     values = {name: column.tolist() for name, column in batch.columns.items()}
     results = []
     for i, data in enumerate(batch.images):
-        row: Row = {name: column[i] for name, column in values.items()}
+        row: Row = {name: column[i] if math.isfinite(column[i]) else None for name, column in values.items()}  # NaN equals nothing
         finite, good = row.pop("finite"), row.pop("good")
         row |= {"bytes": len(data), "status": "verified", "reason": None}
         if not finite:

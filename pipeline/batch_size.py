@@ -47,6 +47,8 @@ def find_batch(recipe: Recipe, models: Models) -> int:
         if speed > WORTH_IT * best_speed:
             best, best_speed = batch, speed
         batch *= 2
+    if best > 1 and speed is None and best == batch // 2:
+        best //= 2  # several batches are in flight in a run, one was here
     if not best:
         raise UserError(f"device: {models.device}: not even one image of {recipe.canvas} pixels fits its memory beside the models")
     return best
@@ -61,6 +63,10 @@ def images_per_second(recipe: Recipe, models: Models, batch: int, repeats: int =
         bare_calls(trial, recipe, models)  # warm-up
         return batch / min(timed(lambda: bare_calls(trial, recipe, models), models.device) for _ in range(repeats))
     except torch.OutOfMemoryError:
+        return None
+    except RuntimeError:  # a kernel that cannot index so much
+        if models.device.type != "cuda" or batch == 1:
+            raise
         return None
     finally:
         if models.device.type == "cuda":

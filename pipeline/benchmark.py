@@ -20,6 +20,7 @@ from manifests import RunDir
 from manifests.command import ProjectGroup, set_option
 from shards import decode_image, encode_image
 
+from .batch_size import find_batch
 from .classes import ClassList, find_classes
 from .measure import TrialBatch, bare_calls, busy_share, count_flops, device_name, matrix_rate, model_parts, timed
 from .models import Models, load_models
@@ -70,8 +71,11 @@ def main(recipe: str, weights: str, images: int, repeats: int, reference: bool, 
         if weights == "random":
             piece: Piece = made_up_piece(Path(folder), min(images, 64), images)
         else:
-            piece = First(plan_source(settings.source.data, classes, settings.source.shard_size).pieces[0], images)
+            first = plan_source(settings.source.data, classes, settings.source.shard_size, settings.source.keys).pieces[0]
+            piece = First(first, min(images, first.count))
         models = load_models(settings, classes)
+        settings = replace(settings, batch=settings.batch or find_batch(settings, models))
+        models = replace(models, batch=settings.batch)
         _report(recipe, settings, classes, models, piece, repeats, reference=reference)
         if agreement:
             _report_agreement(settings, classes, models, piece)

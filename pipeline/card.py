@@ -56,7 +56,8 @@ from shards import ShardDataset
 dataset = ShardDataset("path/to/this/folder", "dad")  # or "clean"
 sample = dataset[0]  # .key .image (uint8 [3, H, W]) .label .logits (float16 [classes])
 ```
-The tars are plain WebDataset: members `KEY.{extension}`, `KEY.cls` (ASCII integer), `KEY.logits.npy` (float16).
+The tars are plain WebDataset: members `KEY.{extension}`, `KEY.cls` (ASCII integer), `KEY.logits.npy` (float16; with views, one row
+for each crop in `KEY.views.npy`; with top-k, `KEY.topk.npy` instead).
 `manifest.parquet` has one row per source sample and the size and sha256 of every tar.
 Logits are stored, not probabilities: choose the temperature when training.
 

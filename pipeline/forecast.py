@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import click
+import numpy as np
 import torch
 
 from manifests import RunDir, UserError
-from manifests.devices import choose_device
+from manifests.devices import choose_device, usable_cores
 from manifests.rundir import RUN
 from shards import encode_image
 from shards.codec import to_float, to_uint8
 from shards.tar import BLOCK
+from shards.views import draw_views, soft_label_members
 
 from .batch_size import images_per_second, resolve_batch
 from .classes import ClassList, find_classes
@@ -135,10 +136,12 @@ def _source_lines(recipe: Recipe, source: SourcePlan, classes: ClassList, models
         found.missing.append(f"source.data: {count}, the first {bad.source.key!r}: {bad.problem}")
     if not good:
         return
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     yield f"decoding    {1000 * seconds / len(prepared):.1f} ms an image on one of {cores} cores, beside the models"
     image = sum(_member(len(encode_image(sample.clean, recipe.output.image))) for sample in good if sample.clean is not None) / len(good)
-    labels = _member(1) + _member(128 + 2 * len(classes.names))
+    views = draw_views("any", recipe.seed, recipe.views, recipe.canvas)
+    soft = soft_label_members(np.zeros((recipe.views.count, len(classes.names)), np.float16), views, recipe.views)
+    labels = _member(1) + sum(_member(len(data)) for data in soft.values())
     codes = recipe.output.codes and recipe.discretizer.kind == "vqgan"
     side = recipe.canvas // recipe.discretizer.config.downsampling
     clean = (labels + (image if recipe.output.clean_images else 0)) * source.samples

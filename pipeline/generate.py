@@ -58,6 +58,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
     models = load_models(recipe, classes) if here else None
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
+    models = models and replace(models, batch=recipe.batch)
     info = RunInfo(
         recipe=as_tree(recipe),
         identity=identity(recipe),

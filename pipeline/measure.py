@@ -58,9 +58,15 @@ def model_parts(batch: TrialBatch, recipe: Recipe, models: Models) -> list[Part]
 
     return [
         Part("Q", 2, discretize),
-        Part("teacher forward", 3 if recipe.output.attacked_loss else 2, forward),
+        Part("teacher forward", forwards(recipe), forward),
         Part("teacher gradient", recipe.attack.steps, lambda: loss_gradient(batch.x, batch.y, models.teacher)),
     ]
+
+
+def forwards(recipe: Recipe) -> int:
+    """Forward passes of the teacher for an image: on x, on x'', on the attacked image if asked for, and on all views of the first two."""
+    views = 2 * recipe.views.count if recipe.views.count > 1 else 0
+    return 2 + recipe.output.attacked_loss + views
 
 
 def bare_calls(batch: TrialBatch, recipe: Recipe, models: Models) -> None:
@@ -69,9 +75,8 @@ def bare_calls(batch: TrialBatch, recipe: Recipe, models: Models) -> None:
         models.teacher(batch.x)
     attacked = attack(batch.x, batch.y, models.teacher, models.discretizer, recipe.attack, batch.noise)
     with torch.no_grad():
-        models.teacher(attacked.adversarial)
-        if recipe.output.attacked_loss:
-            models.teacher(attacked.perturbed)
+        for _ in range(forwards(recipe) - 1):
+            models.teacher(attacked.adversarial)
 
 
 def count_flops(call: Callable[[], object]) -> int:

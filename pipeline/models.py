@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from manifests import UserError
-from manifests.devices import choose_device, use_bf16
+from manifests.devices import choose_device, repeatable, use_bf16
 
 from .classes import ClassList
 from .diffusion import load_diffusion
@@ -30,20 +30,22 @@ class Models:
     device: torch.device
     bf16: bool
     compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # teacher and discretizer through torch.compile
+    batch: int = 0  # size that compiled models always see; 0: that of the call
 
     def teacher(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, classes] float32."""
         with self._precision():
-            run = self.compiled[0] if self.compiled else self.teacher_model
-            logits: torch.Tensor = run(_channels_last(images))
-            return logits
+            if self.compiled is None:
+                logits: torch.Tensor = self.teacher_model(_channels_last(images))
+                return logits
+            return self.compiled[0](_channels_last(self._fill(images)))[: len(images)]
 
     def discretizer(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Q: (discretized images float32 in [0, 1], codes [B, h, w])."""
         with self._precision():
             run = self.compiled[1] if self.compiled else self.discretizer_model
-            discrete, codes = run(_channels_last(images))
-            return discrete.float(), codes
+            discrete, codes = run(_channels_last(self._fill(images)))
+            return discrete[: len(images)].float(), codes[: len(images)]
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU tensor on the models' device, without waiting for it."""
@@ -57,9 +59,15 @@ class Models:
             return tensor.cpu(), lambda: None
         target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         target.copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # threads that wait for it sleep
         event.record(torch.cuda.current_stream(self.device))
         return target, event.synchronize
+
+    def _fill(self, images: torch.Tensor) -> torch.Tensor:
+        """A short batch, filled up: another size would compile other kernels, and change the bits of whatever comes after."""
+        if self.compiled is None or len(images) >= self.batch:
+            return images
+        return torch.cat([images, images[-1:].expand(self.batch - len(images), -1, -1, -1)])
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -67,6 +75,8 @@ class Models:
 
 def load_models(recipe: Recipe, classes: ClassList) -> Models:
     """Load both models onto the recipe's device. Raises UserError naming the recipe field that is wrong."""
+    if recipe.views.topk is not None and recipe.views.topk >= len(classes.names):
+        raise UserError(f"views.topk: {recipe.views.topk} of {len(classes.names)} classes; choose fewer than there are")
     device = choose_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -84,6 +94,7 @@ def join(teacher: Teacher, discretizer: nn.Module, recipe: Recipe, device: torch
     """Both models on the device, as the recipe wants them. Raises UserError for a canvas or code that the VQGAN does not fit."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and events belong to the present device
+        repeatable()
     if recipe.precision == "bf16" and not use_bf16("auto", device):
         click.echo(f"note: {device} has no bf16 in hardware; --set precision=fp32 may be faster", err=True)
     settings = recipe.discretizer
@@ -93,7 +104,7 @@ def join(teacher: Teacher, discretizer: nn.Module, recipe: Recipe, device: torch
         raise UserError(f"output.codes: {settings.config.n_embed} codes do not fit the uint16 of KEY.codes.npy; set it to false")
     teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     discretizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    models = Models(teacher, discretizer, device, recipe.precision == "bf16")
+    models = Models(teacher, discretizer, device, recipe.precision == "bf16", batch=recipe.batch)
     return compile_models(models) if recipe.compile else models
 
 

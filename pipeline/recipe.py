@@ -15,7 +15,9 @@ from shards.views import ViewSettings
 from .attack import AttackSettings
 from .diffusion import DiffusionConfig
 from .discretizer import NamedConfig, VQGANConfig
+from .sources.place import PIPE, expand
 
+SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool  # a line break would begin a command of the job script
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -91,7 +93,7 @@ class Launch:
     of the cluster, or per `threads` of its CPUs."""
     retries: Annotated[int, Field(ge=0), Execution] = 2
     """How often a shard that fails, or whose worker dies, is tried again before it is reported."""
-    slurm: Annotated[dict[str, str | int | bool], Execution] = Field(default_factory=dict)
+    slurm: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], Execution] = Field(default_factory=dict)
     """Options of the array job by their sbatch names, with `_` for `-`: `partition`, `account`, `time` (minutes), `gpus_per_task` …"""
 
 
@@ -132,6 +134,7 @@ class Recipe:
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides."""
     recipe = load_recipe(Recipe, name, FOLDER, overrides)
-    if "pipe:" in recipe.source.data and not any(override.startswith("source.data=") for override in overrides):
+    commands = any(url.startswith(PIPE) for url in expand(recipe.source.data))
+    if commands and not any(override.startswith("source.data=") for override in overrides):
         raise UserError(f"{name}: source.data: a recipe is data and starts no commands; give `pipe:` on the command line, with --data")
     return recipe

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,7 +18,8 @@ from functools import partial
 
 import numpy as np
 
-from manifests import RunDir
+from manifests import RunDir, UserError
+from manifests.devices import usable_cores
 from manifests.rows import PartRecord, TarRecord, encode_part
 from manifests.rundir import part_name, tar_name
 from shards import TarWriter
@@ -81,7 +82,7 @@ def run_shards(
     work: (shard, piece), drawn shortly before it is needed; None means that nothing is free now: what is in flight goes on, and is
     finished once nothing else is to be read. A shard that fails leaves the others alone.
     """
-    threads = recipe.codec_threads or max(1, min(16, (os.cpu_count() or 1) // 2))
+    threads = recipe.codec_threads or max(1, min(16, usable_cores() // 2))
     with contextlib.ExitStack() as stack:
         readers, codec, writer = (_pool(stack, count, name) for count, name in ((threads, "decode"), (threads, "encode"), (1, "write")))
         stages: tuple[Callable[[_Batch], None], ...] = (
@@ -114,6 +115,12 @@ def _all_batches(
     """
     pieces, more = iter(work), True
     feeds: deque[tuple[_Shard, Prefetch[list[Prepared]]]] = deque()
+
+    def close() -> None:
+        for _, feed in feeds:
+            feed.close()
+
+    stack.callback(close)
     while more or feeds:
         if more and (not feeds or (len(feeds) == 1 and feeds[0][1].exhausted)):
             entry = next(pieces, False)
@@ -122,7 +129,6 @@ def _all_batches(
                 shard = _Shard(*entry)
                 samples = map_in_order(pool, partial(prepare_sample, recipe=recipe), shard.piece.samples(classes), 2 * recipe.batch)
                 feeds.append((shard, Prefetch(batches(samples, recipe.batch), BATCHES_AHEAD)))
-                stack.callback(feeds[-1][1].close)
             elif not feeds:
                 yield from FLUSH
         if feeds:
@@ -149,6 +155,7 @@ def _advance(stage: Callable[[_Batch], None], batch: _Batch) -> None:
         try:
             stage(batch)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the batch's tensors: the next would not fit the device either
             batch.shard.error = error
 
 
@@ -175,7 +182,8 @@ def _add(sample: Prepared, result: Result | None, shard: _Shard, recipe: Recipe)
     key, label = sample.source.key, str(sample.source.label).encode()
     row: Row = {"key": key, "shard": shard.number, "label": sample.source.label}
     if result is None:
-        return row | {"status": "error", "reason": sample.problem}
+        reason = str(sample.problem).encode("utf-8", "replace").decode()  # a stranger's names need not be UTF-8
+        return row | {"status": "error", "reason": reason}
     row |= result.row
     if key in shard.keys:
         row |= {"status": "error", "reason": "the key occurs twice in the shard; set source.keys=place"}
@@ -202,7 +210,7 @@ def _soft_labels(logits: np.ndarray, sample: Prepared, recipe: Recipe) -> dict[s
 
 
 def _commit(shard: _Shard, out: RunDir, run: str) -> list[Row]:
-    """Write the tars and, last, the part file. Raises what the shard failed with."""
+    """Write the tars and, last, the part file; read them back. Raises what the shard failed with."""
     if shard.error is not None:
         raise shard.error
     tars = []
@@ -213,6 +221,9 @@ def _commit(shard: _Shard, out: RunDir, run: str) -> list[Row]:
         tars.append(TarRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=tar.samples))
     record = PartRecord(shard=shard.number, source=shard.piece.name, run=run, samples=len(shard.rows), tars=tuple(tars))
     out.store.write(part_name(shard.number), encode_part(shard.rows, record))
+    if why := out.damage(shard.number, run):  # on another kind of processor, a second worker at it may have put bytes of its own there
+        out.withdraw(shard.number)
+        raise UserError(f"{why}; somebody else wrote to it at the same time")
     return shard.rows
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from manifests import RunDir, RunInfo, UserError
 from manifests.claims import SILENT, Claim, Failure, claim_age, look, read_claim, read_failure
 from manifests.rows import PartRecord
-from manifests.rundir import MANIFEST, count_statuses, part_name
+from manifests.rundir import MANIFEST, PART_NAME, count_statuses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,8 @@ class Survey:
 
     def _read_parts(self, info: RunInfo) -> dict[int, tuple[PartRecord, Counter[str]] | str]:
         sizes = self._run.store.sizes("manifest")
-        found = {(shard, sizes[part_name(shard).partition("/")[2]]) for shard in self._run.shards_with_parts() if shard < info.shards}
+        numbered = ((PART_NAME.fullmatch(name), size) for name, size in sizes.items())
+        found = {(int(match[1]), size) for match, size in numbered if match and int(match[1]) < info.shards}
         with ThreadPoolExecutor(8) as pool:
             new = sorted(found - self._parts.keys())
             read = dict(zip(new, pool.map(lambda shard: self._read_part(shard[0], info.fingerprint), new), strict=True))

@@ -124,7 +124,8 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         )
     else:
         templates = _templates(settings, classes)
-        head = cached_head(model.to(device), tokenizer, classes.names, templates, bpe) if with_head else torch.empty(0)
+        function = {"model": architecture, "quick_gelu": _has_quick_gelu(model), "tokenizer": bpe}
+        head = cached_head(model.to(device), tokenizer, classes.names, templates, function) if with_head else torch.empty(0)
     size = model.visual.image_size
     preprocess = getattr(model.visual, "preprocess_cfg", {})
     return Teacher(
@@ -134,8 +135,15 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         std=preprocess.get("std", OPENAI_STD),
         head=head,
         scale=float(model.logit_scale.detach().exp()),
-        made_from={"model": architecture, "classes": classes.names, "templates": templates, "tokenizer": bpe},
-    )
+        made_from={
+            "model": architecture, "quick_gelu": _has_quick_gelu(model), "classes": classes.names, "templates": templates, "tokenizer": bpe,
+        },
+    )  # fmt: skip
+
+
+def _has_quick_gelu(model: nn.Module) -> bool:
+    """The same weights are another function with the other activation, and the model's name does not tell which."""
+    return any(type(module).__name__ == "QuickGELU" for module in model.modules())
 
 
 def _load_local_folder(folder: Path) -> tuple[Any, object, str | None]:

@@ -83,7 +83,7 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
                 difference = float((again - stored).abs().max() / stored.abs().max())
                 if not difference <= tolerance:  # NaN fails too
                     yield f"{out}: {stream} sample {view.name}: logits differ by {difference:.2%} of the largest from the stored ones"
-                sees, saw = int(found.argmax()), int(kept[0])
+                sees, saw = int(found.argmax()), int(view.logits.argmax())
                 if sees != saw and _margin(stored) > 2 * tolerance:
                     yield f"{out}: {stream} sample {view.name}: the teacher now sees class {sees}, not {saw}"
                 if stream == "dad" and view.whole and saw != view.label:

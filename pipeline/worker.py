@@ -68,7 +68,8 @@ def work_through(work: Work, index: int = 0, count: int = 1, models: Models | No
 
         free = _free_shards(work, out, claims, pace, index, count)
         for shard, outcome in run_shards(free, work.recipe, classes, models, out, work.run, tell):
-            problem = outcome if isinstance(outcome, Exception) else _mixed_up(work, out, shard)
+            problem = outcome if isinstance(outcome, Exception) else None
+            pace.forget(shard)
             try:
                 if problem is None:
                     forget(out.store, shard)
@@ -115,15 +116,6 @@ def _free_shards(work: Work, out: RunDir, claims: Claims, pace: _Pace, index: in
             return
 
 
-def _mixed_up(work: Work, out: RunDir, shard: int) -> UserError | None:
-    """On another kind of processor, a second worker at the same shard may have put bytes of its own in place of some of these."""
-    why = out.damage(shard, work.run)
-    if why is None:
-        return None
-    out.withdraw(shard)
-    return UserError(f"{why}; somebody else wrote to it at the same time")
-
-
 def _draw_gallery(work: Work, out: RunDir, claims: Claims, classes: ClassList, models: Models) -> None:
     """By one of the workers, when its shard is there."""
     if SHOWN in out.shards_with_parts() and not out.store.exists(GALLERY) and claims.take(SHOWN):
@@ -146,6 +138,10 @@ class _Pace:
         now = time.monotonic()
         self._samples, self._seconds, self._since = self._samples + len(rows), self._seconds + now - self._since, now
         return counts
+
+    def forget(self, shard: int) -> None:
+        """Made or failed: if it is tried again, its samples are counted anew."""
+        self._counts.pop(shard, None)
 
     def skip(self) -> None:
         """The time since the last call was spent waiting for others."""

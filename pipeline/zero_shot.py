@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,16 @@ def zero_shot_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], tem
     return torch.stack(columns, dim=1)
 
 
-def cached_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], vocabulary: str | None) -> torch.Tensor:
-    """`zero_shot_head`, kept in the user's cache folder (XDG_CACHE_HOME) by a fingerprint of weights, names, templates and vocabulary.
+def cached_head(
+    model: nn.Module, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], function: Mapping[str, Any]
+) -> torch.Tensor:
+    """`zero_shot_head`, kept in the user's cache folder (XDG_CACHE_HOME) by a fingerprint of all that it is made from.
 
-    vocabulary: fingerprint of the tokenizer's own file, None for open_clip's.
+    function: what, beside the weights, makes the model and the tokenizer the functions that they are; JSON values.
     """
     if len(classes) * len(templates) < WORTH_KEEPING:
         return zero_shot_head(model, tokenizer, classes, templates).cpu()
-    path = cache_folder() / f"{fingerprint([_text_weights(model), list(classes), list(templates), vocabulary])}.safetensors"
+    path = cache_folder() / f"{fingerprint([_text_weights(model), list(classes), list(templates), function])}.safetensors"
     try:
         return load_file(path)["head"]
     except (FileNotFoundError, SafetensorError, KeyError):  # not there yet, or damaged

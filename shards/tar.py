@@ -128,7 +128,8 @@ def clean_key(name: str) -> str:
     joined = name.replace("/", "-")
     key = re.sub(r"[^A-Za-z0-9_-]", "-", joined)
     if key != joined or not 0 < len(key) <= MAX_KEY:
-        key = f"{key[: MAX_KEY - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()  # names of files need not be UTF-8
+        key = f"{key[: MAX_KEY - 17]}-{digest[:16]}"
     return key
 
 

@@ -15,6 +15,7 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from manifests import UserError
+from manifests.devices import usable_cores
 
 from ..recipe import Recipe
 from ..worker import Work, work_through
@@ -48,8 +49,8 @@ def launch(work: Work, watch: Watch) -> None:
     Raises the UserError of a worker for which going on is useless.
     """
     names = devices(work.recipe)
-    threads = work.recipe.threads or max((os.cpu_count() or 1) // len(names), 1)
-    codec_threads = work.recipe.codec_threads or min(max((os.cpu_count() or 1) // 2 // len(names), 1), 16)
+    threads = work.recipe.threads or max(usable_cores() // len(names), 1)
+    codec_threads = work.recipe.codec_threads or min(max(usable_cores() // 2 // len(names), 1), 16)
     recipes = [replace(work.recipe, device=name, threads=threads, codec_threads=codec_threads) for name in names]
     works = [replace(work, recipe=recipe) for recipe in recipes]
     slots = {index: _start(works[index], index, len(names), 0) for index in range(len(names))}

@@ -43,8 +43,9 @@ def _run(work: Work, watch: Watch) -> None:
     gpus = 0 if work.recipe.device == "cpu" else int(resources.get("GPU", 0))
     threads = work.recipe.threads or 1
     count = min(work.recipe.launch.workers or gpus or max(int(resources.get("CPU", 1)) // threads, 1), max(len(work.todo), 1))
-    device = {"num_gpus": 1} if gpus else {"num_cpus": threads}
-    told = ray.put(replace(work, recipe=replace(work.recipe, threads=threads)))
+    # Asked for by name, a GPU is waited for: the cluster may have none yet and grow
+    device = {"num_gpus": 1} if gpus or work.recipe.device.startswith("cuda") else {"num_cpus": threads}
+    told = ray.put(replace(work, recipe=replace(work.recipe, threads=threads, codec_threads=work.recipe.codec_threads or threads)))
     actor_class = ray.remote(**device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
     actors = [actor_class.remote(str(Path.cwd())) for _ in range(count)]
     pending = [actor.work.remote(told, index, count) for index, actor in enumerate(actors)]

@@ -5,6 +5,6 @@ one piece. Keys depend on the names in the source, labels on the class list; nei
 """
 
 from .plan import SourcePlan, plan_source
-from .sample import MAX_KEY, Piece, SourceSample, clean_key
+from .sample import Piece, SourceSample
 
-__all__ = ["MAX_KEY", "Piece", "SourcePlan", "SourceSample", "clean_key", "plan_source"]
+__all__ = ["Piece", "SourcePlan", "SourceSample", "plan_source"]

@@ -14,9 +14,10 @@ import numpy as np
 from manifests import Store, UserError
 from manifests.recipe import nearest
 from shards.canvas import IMAGE_EXTENSIONS
+from shards.tar import clean_key
 
 from ..classes import ClassList
-from .sample import Fingerprint, Piece, SourceSample, clean_key, key_hashes, refuse_repeated
+from .sample import Fingerprint, Piece, SourceSample, key_hashes, refuse_repeated
 
 
 @dataclass(frozen=True, kw_only=True)

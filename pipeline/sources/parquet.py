@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests import UserError
+from shards.tar import clean_key
 
 from ..classes import ClassList
 from .place import file_name, open_file
-from .sample import Fingerprint, KeyRule, Piece, SourceSample, check_label, clean_key, key_hashes, place_key, refuse_repeated
+from .sample import Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 IMAGES = ("image", "img", "jpg", "png")
 LABELS = ("label", "labels", "cls", "fine_label")

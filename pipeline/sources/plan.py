@@ -10,7 +10,7 @@ from manifests import Store, UserError
 from ..classes import ClassList
 from .folder import plan_folder
 from .parquet import plan_parquet
-from .place import common_extension, expand, list_files
+from .place import common_extension, expand, file_name, list_files
 from .sample import KeyRule, Piece
 from .tars import plan_tars
 
@@ -49,6 +49,8 @@ def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
         if not Store(root).exists():
             raise UserError(f"source.data: {root}: no such file or folder; set DATA=FOLDER (or --set source.data=FOLDER)")
         kind, urls = next(((kind, found) for kind in ("tar", "parquet") if (found := list_files(root, kind))), (None, [root]))
+    if (kind == "tar" and keys == "place") or kind == "parquet":  # whose rows may be without names
+        _refuse_namesakes(urls)
     if kind == "tar":
         pieces, exact, fingerprint = plan_tars(urls, shard_size, keys)
         samples = sum(piece.count for piece in pieces)
@@ -61,3 +63,10 @@ def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
     if not samples:
         raise UserError(f"source.data: {data}: holds no images; {EXPECTED}")
     return SourcePlan({"tar": "WebDataset", "parquet": "Parquet", None: "ImageFolder"}[kind], pieces, samples, exact, fingerprint)
+
+
+def _refuse_namesakes(urls: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for url in urls:
+        if (other := seen.setdefault(file_name(url), url)) is not url:
+            raise UserError(f"source.data: {other} and {url} have the same name, from which keys are made; rename one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,10 +10,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from manifests import UserError
+from shards.tar import clean_key
 
 from ..classes import ClassList
 
-MAX_KEY = 80  # characters; a tar header holds 100, with the longest extension
 KeyRule = Literal["name", "place"]
 
 
@@ -43,21 +42,9 @@ class Piece(Protocol):
         """Read the piece, in the order of the source. Raises UserError when its file is missing or damaged."""
 
 
-def clean_key(name: str) -> str:
-    """A key that matches the contract's ``[A-Za-z0-9_-]+``.
-
-    Folders are joined by ``-``. A name with other characters, or a long one, ends in a hash of the whole, so that no two meet.
-    """
-    joined = name.replace("/", "-")
-    key = re.sub(r"[^A-Za-z0-9_-]", "-", joined)
-    if key != joined or not 0 < len(key) <= MAX_KEY:
-        key = f"{key[: MAX_KEY - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return key
-
-
 def place_key(file: str, index: int) -> str:
     """Key of the ``index``-th sample of a file, for sources whose own names repeat."""
-    return clean_key(f"{file.partition('.')[0]}-{index:06d}")
+    return clean_key(f"{file.rpartition('.')[0] or file}-{index:06d}")
 
 
 def check_label(value: object, classes: ClassList) -> tuple[int | None, str | None]:

@@ -122,9 +122,9 @@ def test_everything_missing_is_listed_at_once(world, cli, tmp_path: Path) -> Non
 def test_batch(world, models: Models, finished_run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A recipe's own batch stays; 0 is a number found here, or that of the run which is there already: batches decide the last bits."""
     recipe, automatic = world.load(), world.load("batch=0")
-    assert resolve_batch(recipe, models, RunDir(finished_run)) is recipe
-    assert resolve_batch(automatic, models, RunDir(tmp_path / "new")) == replace(automatic, batch=ON_CPU)
-    assert resolve_batch(automatic, models, RunDir(finished_run)).batch == 5
+    assert resolve_batch(recipe, RunDir(finished_run), models) is recipe
+    assert resolve_batch(automatic, RunDir(tmp_path / "new"), models) == replace(automatic, batch=ON_CPU)
+    assert resolve_batch(automatic, RunDir(finished_run), models).batch == 5
     assert not (tmp_path / "new").exists()
 
 

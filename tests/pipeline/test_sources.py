@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import pytest
 
 from manifests import UserError
 from pipeline.classes import ClassList, load_classes
-from pipeline.sources import MAX_KEY, SourceSample, clean_key, plan_source
+from pipeline.sources import SourceSample, plan_source
 from pipeline.sources.folder import folder_key
-from shards.tar import KEY
+from shards.tar import KEY, MAX_KEY, clean_key
 
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], None]
@@ -255,3 +256,41 @@ def test_a_damaged_tar_is_named(world, tmp_path: Path, damage: str) -> None:  # 
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"source-0\.tar"):
         plan_source(str(tmp_path), load_classes(world.clip / "prompts.yaml"), 12)
+
+
+@pytest.mark.parametrize("data", ["{pipe,pipe}:touch PWNED", "{pip,pip}e:touch PWNED", "pipe:touch PWNED", "x.tar::pipe:touch PWNED"])
+def test_a_recipe_starts_no_command_however_it_is_spelt(world, tmp_path: Path, data: str) -> None:  # type: ignore[no-untyped-def]
+    from pipeline.recipe import load
+
+    target = tmp_path / "pwned"
+    text = world.recipe.read_text().replace(str(world.tars), "'" + data.replace("PWNED", str(target)) + "'")
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(UserError, match="a recipe is data and starts no commands"):
+        load(str(tmp_path / "evil.yaml"))
+    assert not target.exists()
+
+
+def test_slurm_options_hold_no_line_breaks(world) -> None:  # type: ignore[no-untyped-def]
+    """They are written into the job script, where a new line would be a command."""
+    with pytest.raises(UserError, match=r"launch\.slurm"):
+        world.load('launch.slurm.comment="x\\ntouch pwned"')
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """A file name of other bytes is a key like any other."""
+    (tmp_path / "n1").mkdir()
+    (tmp_path / "n1" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(b"data")
+    samples = read(tmp_path)
+    assert len(samples) == 1 and KEY.match(samples[0].key) and samples[0].problem is None
+
+
+def test_keys_by_place_need_names_of_their_own(tmp_path: Path, write_tar: WriteTar) -> None:
+    """Two dots in a name are no reason for equal keys; two files of one name are refused."""
+    for name in ("train.000.tar", "train.001.tar"):
+        write_tar(tmp_path / name, [("x.jpg", b"data"), ("x.cls", b"0")])
+    plan = plan_source(str(tmp_path), CLASSES, 10, "place")
+    assert len({s.key for piece in plan.pieces for s in piece.samples(CLASSES)}) == 2
+    (tmp_path / "b").mkdir()
+    write_tar(tmp_path / "b" / "train.000.tar", [("x.jpg", b"data"), ("x.cls", b"0")])
+    with pytest.raises(UserError, match="have the same name"):
+        plan_source(f"{tmp_path}/train.000.tar::{tmp_path}/b/train.000.tar", CLASSES, 10, "place")

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from manifests import UserError
-from pipeline.sources import clean_key as source_key
 from shards import ShardDataset, TrainingReader, iterate_tar
 from shards.cache import cache_folder
-from shards.tar import clean_key
 from tests.conftest import draw_pictures, jpeg, write_tar
 
 MakeRun = Callable[..., Path]
@@ -91,8 +89,3 @@ def test_an_unreadable_image_is_named(run: Path, own: Path) -> None:
     reader = TrainingReader(str(run), batch_size=5, streams=("clean",), images=own)
     with pytest.raises(UserError, match=rf"{path}: s\d-\d\d: unreadable image"):
         list(reader.batches(0))
-
-
-@pytest.mark.parametrize("name", ["n01/n01_3", "a b/c", "plain", "ü", "x" * 200, "", "a/b-c_D9"])
-def test_keys_are_those_of_stage_one(name: str) -> None:
-    assert clean_key(name) == source_key(name)
