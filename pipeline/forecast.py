@@ -17,7 +17,7 @@ from manifests.rundir import RUN
 from shards import encode_image
 from shards.codec import to_float, to_uint8
 from shards.tar import BLOCK
-from shards.views import draw_views, soft_label_members
+from shards.views import soft_label_members
 
 from .batch_size import images_per_second, resolve_batch
 from .classes import ClassList, find_classes
@@ -71,7 +71,7 @@ def forecast(recipe: Recipe, out: str) -> Forecast:
                 f"time        {time} for {source.samples:,} images on this device ({source.samples / speed / 3600:,.2f} hours)"
             )
     if source is not None and classes is not None:
-        found.lines += _source_lines(recipe, source, classes, None if stand_in else models, found)
+        found.lines += found.attempt(lambda: list(_source_lines(recipe, source, classes, None if stand_in else models, found))) or []
     run = RunDir(out)
     if run.store.exists(RUN):
         found.lines.append(f"output      {out}: a run is there already; `python -m pipeline status {out}` says how far it is")
@@ -139,9 +139,9 @@ def _source_lines(recipe: Recipe, source: SourcePlan, classes: ClassList, models
     cores = usable_cores()
     yield f"decoding    {1000 * seconds / len(prepared):.1f} ms an image on one of {cores} cores, beside the models"
     image = sum(_member(len(encode_image(sample.clean, recipe.output.image))) for sample in good if sample.clean is not None) / len(good)
-    views = draw_views("any", recipe.seed, recipe.views, recipe.canvas)
-    soft = soft_label_members(np.zeros((recipe.views.count, len(classes.names)), np.float16), views, recipe.views)
-    labels = _member(1) + sum(_member(len(data)) for data in soft.values())
+    logits = np.zeros((recipe.views.count, len(classes.names)), np.float16)
+    soft_labels = soft_label_members(logits, good[0].views, recipe.views)
+    labels = _member(1) + sum(_member(len(data)) for data in soft_labels.values())
     codes = recipe.output.codes and recipe.discretizer.kind == "vqgan"
     side = recipe.canvas // recipe.discretizer.config.downsampling
     clean = (labels + (image if recipe.output.clean_images else 0)) * source.samples

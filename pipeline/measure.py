@@ -58,24 +58,22 @@ def model_parts(batch: TrialBatch, recipe: Recipe, models: Models) -> list[Part]
 
     return [
         Part("Q", 2, discretize),
-        Part("teacher forward", forwards(recipe), forward),
+        Part("teacher forward", teacher_forwards(recipe), forward),
         Part("teacher gradient", recipe.attack.steps, lambda: loss_gradient(batch.x, batch.y, models.teacher)),
     ]
 
 
-def forwards(recipe: Recipe) -> int:
-    """Forward passes of the teacher for an image: on x, on x'', on the attacked image if asked for, and on all views of the first two."""
-    views = 2 * recipe.views.count if recipe.views.count > 1 else 0
-    return 2 + recipe.output.attacked_loss + views
+def teacher_forwards(recipe: Recipe) -> int:
+    """Of one image: on x and x'', on views of both, and on the attacked image where its loss is recorded."""
+    views = recipe.views.count if recipe.views.count > 1 else 0
+    return 2 + 2 * views + recipe.output.attacked_loss
 
 
 def bare_calls(batch: TrialBatch, recipe: Recipe, models: Models) -> None:
     """All model calls of one batch, and nothing else."""
-    with torch.no_grad():
-        models.teacher(batch.x)
     attacked = attack(batch.x, batch.y, models.teacher, models.discretizer, recipe.attack, batch.noise)
     with torch.no_grad():
-        for _ in range(forwards(recipe) - 1):
+        for _ in range(teacher_forwards(recipe)):
             models.teacher(attacked.adversarial)
 
 

@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manifests import RunDir
 from pipeline.batch_size import ON_CPU, resolve_batch
+from pipeline.classes import load_classes
 from pipeline.measure import TrialBatch, count_flops, covered, model_parts
 from pipeline.models import Models
+from pipeline.shard_job import run_shard
+from pipeline.sources import plan_source
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -32,7 +35,9 @@ def number(text: str) -> float:
     return float(value.replace(",", "")) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
 
 
-@pytest.mark.parametrize("options", [(), ("output.codes=false",), ("output.clean_images=false",), ("output.image.format=png",)])
+@pytest.mark.parametrize(
+    "options", [(), ("output.codes=false", "views.count=3"), ("output.clean_images=false", "views.topk=2"), ("output.image.format=png",)]
+)
 def test_bytes_are_what_a_run_takes(world, models: Models, cli, tmp_path: Path, options: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
     """Within 15 % of a real run of the same recipe, scaled from the samples that were stored to all."""
     from pipeline.generate import make_shards
@@ -71,6 +76,23 @@ def test_right_numbers(world, models: Models, cli, tmp_path: Path) -> None:  # t
     speed = float(line(told.out, "speed").split(" images/s")[0].replace(",", ""))
     hours, minutes, seconds = map(int, line(told.out, "time").split(" for ")[0].split(":"))
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(36 / speed, abs=0.6)
+
+
+@pytest.mark.parametrize("options", [(), ("views.count=3",), ("output.attacked_loss=false", "attack.steps=3"), ("attack.steps=0",)])
+def test_the_job_makes_the_calls_that_are_counted(world, models: Models, tmp_path: Path, options: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    """Every part as often as `model_parts` says: images that went through each model in a real shard, over those of the shard."""
+    recipe, classes = world.load(*options), load_classes(world.clip / "prompts.yaml")
+    seen = {"teacher": 0, "Q": 0}
+    hooks = [
+        model.register_forward_hook(lambda _module, inputs, _out, name=name: seen.update({name: seen[name] + len(inputs[0])}))
+        for name, model in (("teacher", models.teacher_model), ("Q", models.discretizer_model))
+    ]
+    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    rows = run_shard(0, piece, recipe, classes, models, RunDir(tmp_path), "run", lambda new: None)
+    for hook in hooks:
+        hook.remove()
+    times = {part.name: part.times for part in model_parts(TrialBatch.of(torch.zeros(1, 3, 32, 32).byte(), recipe, models), recipe, models)}
+    assert seen == {"teacher": len(rows) * (times["teacher forward"] + times["teacher gradient"]), "Q": len(rows) * times["Q"]}
 
 
 def test_flops_by_hand() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from manifests import RunDir, UserError
 from pipeline.classes import ClassList, load_classes
+from pipeline.generate import make_shards
 from pipeline.recipe import load
-from pipeline.shard_job import run_shards
 from pipeline.sources import SourcePlan, SourceSample, plan_source, tars
 from pipeline.sources.place import expand
 from tests.conftest import write_tar
@@ -183,7 +183,7 @@ def test_large_sources_are_looked_into_once(tmp_path: Path, monkeypatch: pytest.
         plan_source(str(tmp_path), CLASSES, 20)
 
 
-def test_shards_cut_by_bytes_hold_the_same_samples(world, models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_cut_by_bytes_holds_the_same_samples(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """A plan that is an estimate (here one sample too many) still ends in one row per source sample."""
     for name, parts in (("a.tar", (0, 1)), ("b.tar", (2,))):
         members = []
@@ -192,10 +192,10 @@ def test_shards_cut_by_bytes_hold_the_same_samples(world, models, tmp_path: Path
                 members += [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
         write_tar(tmp_path / name, members)
     monkeypatch.setattr(tars, "EXACT", 10)
-    classes = load_classes(world.clip / "prompts.yaml")
-    plan = plan_source(str(tmp_path), classes, 5)
+    recipe = world.load("source.shard_size=5", f"source.data={tmp_path}")
+    plan = plan_source(recipe.source.data, load_classes(world.clip / "prompts.yaml"), 5)
     assert not plan.exact and plan.samples != 36
-    work = enumerate(plan.pieces)
-    outcomes = dict(run_shards(work, world.load(), classes, models, RunDir(tmp_path / "run"), "run", lambda shard, rows: None))
-    assert {row["key"]: row["label"] for rows in outcomes.values() for row in rows} == world.labels  # type: ignore[union-attr]
-    assert sum(len(rows) for rows in outcomes.values()) == 36  # type: ignore[arg-type]
+    make_shards(recipe, str(tmp_path / "run"))
+    run = RunDir(tmp_path / "run")
+    assert {row["key"]: row["label"] for row in run.manifest()[0].to_pylist()} == world.labels and run.info().samples == 36
+    make_shards(recipe, str(tmp_path / "run"))  # the same run: nothing is left to do

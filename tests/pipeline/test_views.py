@@ -65,31 +65,3 @@ def test_more_than_all_classes_is_refused_before_any_work(world, tmp_path: Path)
     with pytest.raises(UserError, match=r"views\.topk: 5 of 5 classes"):
         make_shards(world.load("views.topk=5"), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_forwards_are_counted(world, models, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """What plan and benchmark count is what a batch really asks of the teacher."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from pipeline.batch_job import attack_batch, judge_batch
-    from pipeline.classes import load_classes
-    from pipeline.measure import forwards
-    from pipeline.models import Models
-    from pipeline.prepare import prepare
-    from pipeline.sources import plan_source
-
-    for count, attacked in ((1, False), (1, True), (3, True)):
-        recipe = world.load(f"views.count={count}", f"output.attacked_loss={str(attacked).lower()}", "attack.steps=0")
-        classes = load_classes(world.clip / "prompts.yaml")
-        samples = [s for s in prepare(plan_source(str(world.tars), classes, 12).pieces[0], recipe, classes) if s.clean is not None]
-        calls: list[int] = []
-
-        def counted(self: Models, images: torch.Tensor, ask=Models.teacher, calls: list[int] = calls) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            calls.append(len(images))
-            return ask(self, images)  # type: ignore[no-any-return]
-
-        monkeypatch.setattr(Models, "teacher", counted)
-        with ThreadPoolExecutor(1) as codec:
-            judge_batch(attack_batch(samples, recipe, models, codec), models)
-        monkeypatch.undo()
-        assert len(calls) == forwards(recipe)
