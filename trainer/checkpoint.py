@@ -117,7 +117,8 @@ class StudentDir:
         info = self.info()
         if not self.store.exists(BEST):
             raise UserError(f"{self}: has no finished epoch yet (no {BEST}); run `make train` again")
-        student = create_student(info.student, len(info.classes), info.side)
+        # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
+        student = Student(create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std))
         try:
             student.model.load_state_dict(load_weights(self.path / BEST))
         except RuntimeError as error:
