@@ -57,16 +57,14 @@ class Timing:
     waiting: float  # share of it spent waiting for data; an upper bound on a GPU, which computes meanwhile
 
 
-def schemes(
-    recipe: Recipe, student: nn.Module, auxiliary: nn.Module, models: Models, totals: dict[str, int], device: torch.device
-) -> list[Scheme]:
-    """Every line of the ledger, plain training first. totals: samples of each stream in a batch."""
+def schemes(recipe: Recipe, student: nn.Module, auxiliary: nn.Module, models: Models, device: torch.device) -> list[Scheme]:
+    """Every line of the ledger, plain training first."""
     temperature, weight = recipe.loss.temperature, recipe.loss.weight
     generator = seeded_generator("cost", recipe.seed)
 
     def stored(name: str, objective: Objective) -> Scheme:
         settings = replace(recipe, loss=replace(recipe.loss, objective=objective))
-        return Scheme(name, objective, lambda batch: batch_loss(student, batch, settings, totals, generator, device)[0])
+        return Scheme(name, objective, lambda batch: batch_loss(student, batch, settings, totals_of(batch), generator, device)[0])
 
     def live(name: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Scheme:
         return Scheme(name, "plain", lambda batch: loss(images_of(batch, "clean", device), batch["clean"].labels.to(device)))
@@ -88,6 +86,11 @@ def schemes(
         live("Fast AdvProp-1", lambda x, y: online.fast_advprop_loss(student, auxiliary, x, y, generator)),
         live("DAT-1", lambda x, y: online.dat_loss(student, models.discretizer, x, y, generator)),
     ]
+
+
+def totals_of(batch: Batch) -> dict[str, int]:
+    """Samples of each stream in a batch."""
+    return {stream: len(half.keys) for stream, half in batch.items()}
 
 
 def images_of(batch: Batch, stream: str, device: torch.device) -> torch.Tensor:
@@ -132,7 +135,7 @@ def measure(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             models.generate(images_of(batch, "clean", device), batch["clean"].labels.to(device))
 
-    lines = schemes(recipe, student, auxiliary, models, readers["dad"].sizes, device)
+    lines = schemes(recipe, student, auxiliary, models, device)
     timings: dict[str, list[Timing]] = {scheme.name: [] for scheme in lines}
     generation: list[float] = []
     with progress(repeats * (len(lines) + 1), "measuring", "scheme") as bar:

@@ -23,6 +23,7 @@ from . import distributed
 from .augmentation import Augment
 from .checkpoint import BEST, LAST, METRICS, Progress, StudentDir, describe
 from .evaluate import check_set, score_set
+from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
 from .objectives import STREAMS
 from .optimizer import create_optimizer, learning_rate
@@ -78,7 +79,10 @@ def train(recipe: Recipe, out: str) -> StudentDir:
         if not quiet:
             click.echo(_opening(run))
         log = Log(run.directory.path, recipe, run.now)
-        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar:
+        with (
+            memory_errors(),
+            progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar,
+        ):
             while run.at.epoch < recipe.epochs:
                 train_epoch(run, log, bar)
                 end_epoch(run, log)
@@ -110,10 +114,11 @@ def prepare(recipe: Recipe, out: str) -> Training:
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
             "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
         )
-    if recipe.accumulate > min(reader.sizes.values()) // distributed.world():
+    if recipe.accumulate > min(reader.samples.values()) // reader.steps // distributed.world():
         raise UserError(
-            f"accumulate: {recipe.accumulate} parts of a batch of {reader.sizes}; some would be empty: lower it, or raise batch"
+            f"accumulate: {recipe.accumulate} parts of a batch of {_images_a_step(reader)}; some would be empty: lower it, or raise batch"
         )
+    torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
     info = next(iter(reader.datasets.values())).info
     side = recipe.input or int(info.recipe["canvas"])
     torch.manual_seed(recipe.seed)
@@ -146,7 +151,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
         device=device,
         bf16=use_bf16(recipe.precision, device),
         student=student,
-        forward=torch.compile(forward) if recipe.compile else forward,
+        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches come in two or three sizes
         average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
         optimizer=optimizer,
         at=Progress(),
@@ -160,20 +165,20 @@ def prepare(recipe: Recipe, out: str) -> Training:
 def train_epoch(run: Training, log: Log, bar: Any) -> None:
     """From where the run is to the end of its epoch, with checkpoints on the way."""
     recipe, reader, at = run.recipe, run.reader, run.at
-    settings, meter = recipe.optimizer, Meter()
+    settings, meter, on_gpu = recipe.optimizer, Meter(), run.device.type == "cuda"
     augment = Augment(recipe.augmentation, run.side)
     warmup = round(settings.warmup * reader.steps)
     saved = clock = time.monotonic()
     run.student.train()
-    for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment)):
-        step = run.now
+    for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=on_gpu)):
+        step, sizes = run.now, reader.sizes(at.step)
         rate = learning_rate(step, peak=settings.lr, warmup=warmup, total=run.total)
         losses = train_step(
             run.forward,
             run.optimizer,
             batch,
             recipe,
-            totals=reader.sizes,
+            totals=sizes,
             rate=rate,
             step=step,
             device=run.device,
@@ -183,7 +188,7 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
             run.average.update(run.student, step=step)
         meter.add(step, losses, batch)
         at.step += 1
-        at.images += sum(reader.sizes.values())
+        at.images += sum(sizes.values())
         at.waited += waited
         last, logs = at.step == reader.steps, step % LOG_EVERY == 0
         due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
@@ -274,13 +279,12 @@ def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
 
 
 def _opening(run: Training) -> str:
-    recipe, sizes = run.recipe, run.reader.sizes
+    recipe = run.recipe
     going_on = f", going on at step {run.now}" if run.now else ""
-    images = " + ".join(f"{size} {stream}" for stream, size in sizes.items())
     return (
         f"{run.directory}: {recipe.student} {recipe.loss.objective}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
-        f"{run.directory}: {images} images a step, {_times_plain(run):.2f} times those of plain training"
+        f"{run.directory}: {_images_a_step(run.reader)} images a step, {_times_plain(run):.2f} times those of plain training"
     )
 
 
@@ -299,4 +303,8 @@ def _closing(run: Training) -> str:
 
 
 def _times_plain(run: Training) -> float:
-    return sum(run.reader.sizes.values()) / run.reader.sizes["clean"]
+    return sum(run.reader.samples.values()) / run.reader.samples["clean"]
+
+
+def _images_a_step(reader: TrainingReader) -> str:
+    return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())
