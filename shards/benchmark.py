@@ -57,6 +57,8 @@ class BareTars(IterableDataset[Any]):
                         if len(labels) == BATCH:
                             yield torch.from_numpy(np.stack(images)), torch.tensor(labels)
                             images, labels = [], []
+        if labels:
+            yield torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
 def measure(images: int, shards: int, workers: tuple[int, ...], repeats: int) -> None:
