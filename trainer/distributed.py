@@ -219,6 +219,7 @@ class Watch:
         self._lock = threading.Lock()
         self._over = threading.Event()  # this rank is leaving
         self._heard = False  # that another rank has reported an error
+        self._store.set(f"beat/{place.rank}", "0")  # of a rank that dies before the thread's first one, silence is noticed too
         threading.Thread(target=self._keep_watch, daemon=True).start()
 
     def leave(self) -> None:
