@@ -25,7 +25,7 @@ from .checkpoint import BEST, LAST, METRICS, Progress, StudentDir, describe
 from .evaluate import check_set, score_set
 from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
-from .objectives import STREAMS
+from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer, learning_rate
 from .recipe import Recipe
 from .step import Forward, train_step
@@ -97,18 +97,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.start(choose_device(recipe.device))
-    reader = TrainingReader(
-        recipe.shards,
-        batch_size=recipe.batch,
-        streams=STREAMS[recipe.loss.objective],
-        seed=recipe.seed,
-        window=recipe.window,
-        rank=distributed.rank(),
-        world=distributed.world(),
-        images=recipe.images,
-        temperature=recipe.loss.temperature,
-        cache_gb=recipe.cache_gb,
-    )
+    reader = open_reader(recipe, recipe.loss.objective)
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
         raise UserError(
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
@@ -160,6 +149,22 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if len(set(distributed.gather((run.at.epoch, run.at.step)))) > 1:
         raise UserError(f"{out}: the processes find different checkpoints here; --out must be on a disk that all machines share")
     return run
+
+
+def open_reader(recipe: Recipe, objective: Objective) -> TrainingReader:
+    """The streams that an objective learns from, read as the recipe says."""
+    return TrainingReader(
+        recipe.shards,
+        batch_size=recipe.batch,
+        streams=STREAMS[objective],
+        seed=recipe.seed,
+        window=recipe.window,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        images=recipe.images,
+        temperature=recipe.loss.temperature,
+        cache_gb=recipe.cache_gb,
+    )
 
 
 def train_epoch(run: Training, log: Log, bar: Any) -> None:

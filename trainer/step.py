@@ -32,7 +32,7 @@ def train_step(
     device: torch.device,
     bf16: bool,
 ) -> Losses:
-    """One update of the student; returns the loss, its terms and the gradient's norm, still on the device: `Meter` finds what is not finite.
+    """One update of the student; returns loss, terms and the gradient's norm, still on the device. `Meter` finds what is not finite.
 
     totals: samples of each stream in the whole global batch, of which ``batch`` may be a part; losses are sums over the samples here
     divided by them, so that those of all parts add up.
