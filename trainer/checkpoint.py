@@ -31,6 +31,7 @@ class Progress:
     images: int = 0  # that the student has seen, clean and DAD
     seconds: float = 0.0  # of training, over all processes that took part
     waited: float = 0.0  # seconds of these spent waiting for the next batch
+    validated: float = 0.0  # seconds of validation, on top of them
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch
     rows: list[dict[str, float]] = field(default_factory=list)  # metrics.csv
 

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from manifests import UserError
 from manifests.command import INTERRUPTED, USER_ERROR
+from manifests.devices import choose_device
 
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 10.0  # seconds without one, after which a rank is taken for dead
@@ -111,13 +112,17 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
-def start(device: torch.device) -> torch.device:
-    """Connect the ranks, one process per device, and return the device of this one. Raises UserError when it has none."""
+def start(name: str) -> torch.device:
+    """Connect the ranks, one process per device, and return the device of this one: of the kind that the recipe names.
+
+    Raises UserError when there is none for this process.
+    """
     if _watch is None:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", own_gpu(_watch.place.local_rank, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
+        return choose_device(name)
+    if name.startswith(("auto", "cuda")) and torch.cuda.is_available():  # its own before it touches any: a context on GPU 0 takes memory
+        name = f"cuda:{own_gpu(_watch.place.local_rank, torch.cuda.device_count())}"
+        torch.cuda.set_device(name)
+    device = choose_device(name)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_watch.group_store, rank=rank(), world_size=world(), timeout=TIMEOUT)
     return device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from manifests import UserError
-from manifests.devices import choose_device, use_bf16
+from manifests.devices import use_bf16
 from manifests.progress import progress
 from shards import TrainingReader
 
@@ -80,13 +81,13 @@ def train(recipe: Recipe, out: str) -> StudentDir:
             click.echo(_opening(run))
         log = Log(run.directory.path, recipe, run.now)
         with (
+            closing(log),
             memory_errors(),
             progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar,
         ):
             while run.at.epoch < recipe.epochs:
                 train_epoch(run, log, bar)
                 end_epoch(run, log)
-        log.close()
     if not quiet:
         click.echo(_closing(run))
     return run.directory
@@ -96,7 +97,9 @@ def prepare(recipe: Recipe, out: str) -> Training:
     """Load everything, check it, and go to where the last checkpoint was."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device = distributed.start(choose_device(recipe.device))
+    device = distributed.start(recipe.device)
+    if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
+        raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
     reader = open_reader(recipe, recipe.loss.objective)
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
         raise UserError(
@@ -210,6 +213,7 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
             check_weights(run)
         if due and not last:
             save(run)
+            log.flush()  # what is on disk ends where the checkpoint does
             saved = time.monotonic()
         bar.update()
 
@@ -221,7 +225,9 @@ def end_epoch(run: Training, log: Log) -> None:
     better = True
     if recipe.validation is not None:
         distributed.share_buffers(run.result)
-        score = score_set(run.result, Path(recipe.validation), len(run.reader.classes), run.side, run.device, bf16=run.bf16)
+        started, classes = time.monotonic(), len(run.reader.classes)
+        score = score_set(run.result, Path(recipe.validation), classes, run.side, run.device, bf16=run.bf16, threads=recipe.workers)
+        at.validated += time.monotonic() - started
         row["val_top1"] = score.top1
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
@@ -233,6 +239,7 @@ def end_epoch(run: Training, log: Log) -> None:
     if distributed.is_first():
         run.directory.store.write(METRICS, to_csv(at.rows).encode())
     save(run)
+    log.flush()
 
 
 def check_weights(run: Training) -> None:
@@ -298,11 +305,12 @@ def _closing(run: Training) -> str:
     best = f", best val top-1 {at.best:.1f} %" if at.best >= 0 else ""
     cost = f"{at.images:,} images, {_times_plain(run):.2f} times those of plain training"
     speed = f"{at.images / at.seconds:.0f} images/s in {at.seconds / 60:.1f} minutes" if at.seconds else "no time"
+    validated = f", and {at.validated / 60:.1f} minutes of validation" if at.validated else ""
     model = f'timm.create_model("{recipe.student}", num_classes={len(run.reader.classes)}'
     size = f", img_size={run.side}" if fixed_size(recipe.student) else ""
     return (
         f"{run.directory}: done{best}\n"
-        f"{run.directory}: what it cost: {cost}; {speed}, {at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data\n"
+        f"{run.directory}: what it cost: {cost}; {speed}, {at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data{validated}\n"
         f'load it: {model}{size}, checkpoint_path="{run.directory.path / BEST}")'
     )
 

@@ -79,6 +79,10 @@ class Log:
         if self._wandb is not None:
             self._wandb.log(dict(scalars), step=step)
 
+    def flush(self) -> None:
+        if self._board is not None:
+            self._board.flush()
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()

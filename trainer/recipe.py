@@ -116,7 +116,8 @@ class Recipe:
     compile: bool = False
     """Compile the student with torch.compile: minutes at the start, faster steps on a GPU."""
     sync_bn: bool = False
-    """Take batch norm's statistics over all GPUs of a run. Without effect on one."""
+    """Take batch norm's statistics over all GPUs of a run. Without effect on one. Only with it do the
+    curves of students with batch norm agree between numbers of GPUs."""
     validation: Annotated[str | None, Location] = None
     """WebDataset tars to choose the best checkpoint by (top-1). None: the last is the best."""
     device: Annotated[str, Execution] = "auto"

@@ -161,6 +161,12 @@ def test_a_user_error_is_told_once(tiny_run: Path, tmp_path: Path, ranks: Ranks)
     assert len(lines) == 1 and "'test_resnet'" in lines[0]
 
 
+def test_batch_norm_over_ranks_needs_gpus(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
+    statuses, lines = told(ranks(2, *command(tiny_run, tmp_path / "student", "sync_bn=true")))
+    assert statuses == [2, 2]
+    assert lines == ["error: sync_bn: works on GPUs only, this is cpu; set sync_bn=false"]
+
+
 def test_damage_met_by_one_rank_ends_all(tmp_path: Path, ranks: Ranks) -> None:
     """One sample of one tar is damaged: one rank reads it; the other, waiting for it in a collective, ends too."""
     run = write_run(tmp_path / "run")

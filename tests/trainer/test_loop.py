@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manifests import UserError
 from manifests.progress import progress
@@ -294,3 +295,19 @@ def test_wandb_logs_offline(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(recipe(tiny_run, "wandb=some-project", "epochs=1"), str(tmp_path / "student"))
     assert list((tmp_path / "student").rglob("*.wandb"))
+
+
+def test_points_are_on_disk_when_training_stops(tiny_run: Path, tmp_path: Path) -> None:
+    """Stopped in its second epoch by spoiled weights, far sooner than TensorBoard would write by itself."""
+    settings = recipe(tiny_run, "optimizer.name=sgd", "optimizer.lr=1e39", "optimizer.clip=null", "batch=40")
+    with pytest.raises(UserError, match="no longer finite"):
+        train(settings, str(tmp_path / "student"))
+    events = EventAccumulator(str(tmp_path / "student" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("lr")] == [0]
+
+
+def test_the_cost_counts_validation(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(recipe(tiny_run, f"validation={write_image_set(tmp_path / 'val')}"), str(tmp_path / "student"))
+    assert "minutes of validation" in capsys.readouterr().out
+    state = run.load_last()
+    assert state is not None and state["progress"]["validated"] > 0
