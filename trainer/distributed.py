@@ -83,7 +83,10 @@ def joined() -> Iterator[None]:
         missing = watch.roll_call() if broken or interrupted else []
         if watch.speaks_first(str(error)):
             if missing or broken:
-                raise UserError(_obituary(missing)) from error
+                why = " ".join(str(error).split())[:300]  # NCCL says what is wrong, such as two ranks on one GPU, at the end
+                raise UserError(
+                    _obituary(missing) if missing else f"a call between the ranks failed, and none is missing ({why}); {GO_ON}"
+                ) from error
             raise
         sys.exit(INTERRUPTED if interrupted and not missing else USER_ERROR)
     finally:
@@ -305,8 +308,6 @@ class Watch:
 
 
 def _obituary(missing: list[int]) -> str:
-    if not missing:
-        return f"the connection between two machines broke; {GO_ON}"
     who = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
     return f"{who} ended without a word (killed, out of memory, or the machine is gone); {GO_ON}"
 

@@ -179,6 +179,20 @@ def test_damage_met_by_one_rank_ends_all(tmp_path: Path, ranks: Ranks) -> None:
     assert len(lines) == 1 and lines[0].startswith(f"error: {tar}: "), lines
 
 
+def test_a_distributed_error_of_living_ranks_says_why(ranks: Ranks) -> None:
+    """Nobody is missing, so that the error itself is all there is to go by: here, word that never comes."""
+    program = """
+from datetime import timedelta
+from trainer import distributed
+with distributed.joined():
+    distributed.start("cpu")
+    distributed._watch.group_store.wait(["never"], timedelta(seconds=1))
+"""
+    said = [process.communicate(timeout=60)[1] for process in ranks(2, "-c", program)]
+    lines = [line for text in said for line in text.splitlines() if "UserError: " in line]
+    assert len(lines) == 1 and "a call between the ranks failed, and none is missing (" in lines[0] and "never" in lines[0], said
+
+
 def test_places() -> None:
     """torchrun's and srun's environments; alone in all others."""
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
