@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-RECIPE ?= demo
+# The demo's recipe, but for other shards that of the student, if it has one.
+RECIPE ?= $(if $(and $(STUDENT),$(filter-out data/demo,$(SHARDS)),$(wildcard trainer/recipes/$(STUDENT).yaml)),$(STUDENT),demo)
 OUT ?= data/demo
 # Not given, they are what the recipe says.
 STUDENT ?=
@@ -50,11 +51,11 @@ status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged
 verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
 	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
 
-# The demo's students learn from the demo's shards: make those first.
+# The demo's students learn from the demo's shards and are validated on its images: make those first.
 data/demo/manifest.parquet:
 	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
 
-train: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done $(if $(SHARDS)$(filter-out demo,$(RECIPE))$(filter-out data/demo,$(OUT)),,data/demo/manifest.parquet) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
+train: $(VENV)/ready $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo,$(SHARDS) $(OUT)),,$(RENDITIONS)/sketch-unseen/done data/demo/manifest.parquet) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
 	@$(RUN) -m trainer train --recipe $(RECIPE) $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval

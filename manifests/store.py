@@ -80,7 +80,10 @@ class Store:
             return self._ask(name, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
         path = self._full(name)
         found = Path(path).stat()  # a file that was replaced is opened anew
-        return os.pread(_descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns).fileno(), size, offset)
+        file = _descriptor(
+            path, os.getpid(), found.st_ino, found.st_mtime_ns
+        )  # held: another thread may crowd it out, which would close it
+        return os.pread(file.fileno(), size, offset)
 
     def advise(self, name: str) -> None:
         """Tell the kernel that a whole local file will be read soon. Raises FileNotFoundError."""

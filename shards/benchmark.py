@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import tarfile
 import tempfile
 import time
@@ -57,6 +56,8 @@ class BareTars(IterableDataset[Any]):
                         if len(labels) == BATCH:
                             yield torch.from_numpy(np.stack(images)), torch.tensor(labels)
                             images, labels = [], []
+        if labels:
+            yield torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
 def measure(images: int, shards: int, workers: tuple[int, ...], repeats: int) -> None:
@@ -84,7 +85,6 @@ def measure(images: int, shards: int, workers: tuple[int, ...], repeats: int) ->
 def measure_plan(samples: int, shards: int) -> None:
     """Print what opening and planning a large run takes, from its manifest alone."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["DAD_CACHE"] = f"{folder}/cache"  # so that the first opening is one
         write_manifest(Path(folder), samples, shards)
         click.echo(f"manifest of {samples:,} samples in {shards:,} shards, {(Path(folder) / MANIFEST).stat().st_size / 1e6:.0f} MB")
         for label in ("opened for the first time", "opened again"):

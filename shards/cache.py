@@ -64,6 +64,12 @@ class TarCache:
                     self.store.write(name, data)
         return name
 
+    def drop(self, tar: TarRecord) -> Path:
+        """Forget a tar that the local disk has damaged, and say where it lay."""
+        path = self.folder / f"{tar.sha256}.tar"
+        path.unlink(missing_ok=True)
+        return path
+
     def _is_here(self, name: str, size: int) -> bool:
         path = self.folder / name
         try:

@@ -109,14 +109,14 @@ class ShardDataset:
         where = self.run.store.where(tar.name)
         entry = self.index
         extent = Extent(int(entry.offset[index]), int(entry.size[index]), int(entry.crc32[index]))
+        data = self._bytes(tar, extent)
         try:
+            sample = parse_sample(data, extent, where)
+        except UserError:
             if self.cache is None:
-                data = self.store.read_range(tar.name, extent.offset, extent.size)
-            else:
-                data = self.cache.read_range(self.store, tar, extent.offset, extent.size)
-        except FileNotFoundError as error:
-            raise UserError(f"{where}: missing; restore it, or run `make shards` again") from error
-        sample = parse_sample(data, extent, where)
+                raise
+            cached = self.cache.drop(tar)  # it was whole when it was fetched: the copy on the local disk is damaged
+            sample = parse_sample(self._bytes(tar, extent), extent, f"{cached} (of {where})")
         where = f"{where}: {sample.key}"
         label = sample.members.get("cls")
         if label is None:
@@ -126,6 +126,14 @@ class ShardDataset:
         logits, views = read_soft_labels(sample.members, len(self.classes), self.temperature, where)
         image = next((sample.members[extension] for extension in EXTENSIONS if extension in sample.members), None)
         return StoredSample(sample.key, int(label), logits, views, image, where)
+
+    def _bytes(self, tar: TarRecord, extent: Extent) -> bytes:
+        try:
+            if self.cache is None:
+                return self.store.read_range(tar.name, extent.offset, extent.size)
+            return self.cache.read_range(self.store, tar, extent.offset, extent.size)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.run.store.where(tar.name)}: missing; restore it, or run `make shards` again") from error
 
     def pixels(self, index: int, stored: StoredSample) -> np.ndarray:
         """The image of a sample, uint8 [H, W, 3]: the stored one, or the user's own of the same key. Raises UserError."""

@@ -6,6 +6,9 @@ Made from the sealed manifest on first use and kept in the cache folder. 1.28 M 
 from __future__ import annotations
 
 import json
+import os
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from manifests.rundir import MANIFEST
 from .cache import cache_folder
 
 COLUMNS = ("shard", "label", "offset", "size", "crc32")
+UNUSED = 30 * 24 * 3600  # seconds after which a file in the cache folder is removed
 VERSION = 1  # of the files in the cache folder
 
 
@@ -62,13 +66,19 @@ def open_index(run: RunDir, info: RunInfo, stream: str) -> StreamIndex:
 def read_mapped(path: Path) -> pa.Table | None:
     """An Arrow file of one batch, mapped into memory; None when it is not there or not whole."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        with suppress(OSError):  # where the folder is read-only, nothing is removed either
+            os.utime(path)
+        return table
     except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
         return None
 
 
 def write_mapped(store: Store, name: str, table: pa.Table) -> None:
-    """Write a table as an Arrow file of exactly one batch. Raises UserError when the cache folder is not writable."""
+    """Write a table as an Arrow file of exactly one batch, and remove files that were not read for long.
+
+    Raises UserError when the cache folder is not writable.
+    """
     batch = pa.RecordBatch.from_arrays(
         [column.combine_chunks() if column.num_chunks else pa.array([], column.type) for column in table.columns], schema=table.schema
     )
@@ -79,6 +89,10 @@ def write_mapped(store: Store, name: str, table: pa.Table) -> None:
         store.write(name, sink.getvalue().to_pybytes())
     except UserError as error:
         raise UserError(f"{error} (environment variable DAD_CACHE)") from error
+    for other in Path(store.root).glob("*.arrow"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - other.stat().st_mtime > UNUSED:
+                other.unlink()  # a process that has it mapped keeps it
 
 
 def _index_table(run: RunDir, stream: str) -> pa.Table:

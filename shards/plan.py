@@ -46,7 +46,7 @@ def plan_epoch(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream
     return EpochPlan(order, tuple(np.asarray(shards)[starts[together]] for together in windows), np.array(marks, np.int64))
 
 
-def rank_slice(begin: int, end: int, rank: int, world: int) -> tuple[int, int]:
-    """The part of a global batch that belongs to one rank; the parts of all ranks differ by at most one sample."""
+def cut(begin: int, end: int, part: int, parts: int) -> tuple[int, int]:
+    """One of several parts of a stretch, such as a rank's of a global batch; they differ by at most one sample."""
     size = end - begin
-    return begin + size * rank // world, begin + size * (rank + 1) // world
+    return begin + size * part // parts, begin + size * (part + 1) // parts

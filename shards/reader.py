@@ -20,9 +20,11 @@ from manifests import Store, UserError
 
 from .cache import TarCache
 from .dataset import ShardDataset, StreamName
-from .plan import EpochPlan, plan_epoch, rank_slice
+from .plan import EpochPlan, cut, plan_epoch
 from .seeds import seeded_generator
 from .views import replay, view_of_epoch
+
+READ_AHEAD = 4 * 2**30  # bytes of images that the loader of a rank keeps ready, in shared memory
 
 
 @dataclass
@@ -34,6 +36,10 @@ class Half:
     labels: torch.Tensor  # int64 [B]
     logits: torch.Tensor  # float16 [B, classes], of this epoch's view; float32 where the run stores the top k only
 
+    def pin_memory(self) -> Half:
+        """The same in page-locked memory, from where a GPU copies while it computes; the loader calls this in a thread of its own."""
+        return Half(self.keys, self.images.pin_memory(), self.labels.pin_memory(), self.logits.pin_memory())
+
 
 Batch = dict[str, Half]  # by stream name
 Transform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -42,7 +48,7 @@ Transform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 class TrainingReader:
     """Reads the streams of a run so that they end together.
 
-    batch_size: clean images of one global batch. Every other stream gives its proportional share to each.
+    batch_size: clean images of one global batch. Every other stream gives its proportional share to each, which differs by at most one.
     images, temperature: as for `ShardDataset`, images of the clean stream.
     cache_gb: most that remote tars may take on the local disk, in GiB.
     Raises UserError when a stream has too few samples for one batch, or the cache cannot hold what is read at one time.
@@ -73,8 +79,8 @@ class TrainingReader:
         self.steps = len(first) // batch_size
         if self.steps == 0:
             raise UserError(f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch")
-        # What does not fill a batch (clean), or a share of every batch (the others), is left out; it differs from epoch to epoch.
-        self.sizes = {stream: len(dataset) // self.steps for stream, dataset in self.datasets.items()} | {streams[0]: batch_size}
+        # Samples of each stream in an epoch. Of the first, those that do not fill a batch are left out; they differ from epoch to epoch.
+        self.samples = {stream: len(dataset) for stream, dataset in self.datasets.items()} | {streams[0]: self.steps * batch_size}
         self._plans: dict[str, tuple[int, EpochPlan]] = {}
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
@@ -107,10 +113,18 @@ class TrainingReader:
         for dataset in self.datasets.values():
             dataset.check(content=content and dataset.cache is None, part=self.rank, parts=self.world)
 
+    def span(self, stream: str, step: int) -> tuple[int, int]:
+        """Where global batch ``step`` begins and ends in the planned order of a stream."""
+        return cut(0, self.samples[stream], step, self.steps)
+
+    def sizes(self, step: int) -> dict[str, int]:
+        """Samples of each stream in global batch ``step``, those of all ranks."""
+        spans = {stream: self.span(stream, step) for stream in self.datasets}
+        return {stream: end - begin for stream, (begin, end) in spans.items()}
+
     def indices(self, stream: str, epoch: int, step: int) -> np.ndarray:
         """Which samples of a stream this rank reads in global batch ``step``."""
-        size = self.sizes[stream]
-        begin, end = rank_slice(step * size, (step + 1) * size, self.rank, self.world)
+        begin, end = cut(*self.span(stream, step), self.rank, self.world)
         return self.plan(stream, epoch).order[begin:end]
 
     def plan(self, stream: str, epoch: int) -> EpochPlan:
@@ -119,23 +133,33 @@ class TrainingReader:
             self._plans[stream] = (epoch, plan_epoch(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream))
         return self._plans[stream][1]
 
-    def batches(self, epoch: int, start: int = 0, *, workers: int = 0, transform: Transform | None = None) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int, start: int = 0, *, workers: int = 0, transform: Transform | None = None, pin: bool = False
+    ) -> Iterator[Batch]:
         """The batches of an epoch from global batch ``start`` on; the same whatever the number of workers.
 
         ``transform(images uint8 [1, 3, H, W], generator)`` runs in the workers, on one sample at a time, with a generator seeded by
         (seed, epoch, stream, key): what it makes of a sample does not depend on the batch, the workers or the ranks.
+        pin: deliver batches in page-locked memory, for a GPU.
         """
         loader: DataLoader[Any] = DataLoader(
             _EpochBatches(self, epoch, transform),
             sampler=range(start, self.steps),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=self.read_ahead(workers) // workers if workers else None,
+            pin_memory=pin,
         )
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def read_ahead(self, workers: int) -> int:
+        """Batches that the loader keeps ready: four a worker, or fewer where these would fill the memory; at least one a worker."""
+        side = int(next(iter(self.datasets.values())).info.recipe["canvas"])
+        batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
+        return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
 
 
 class _EpochBatches(Dataset[Any]):
@@ -163,7 +187,7 @@ class _EpochBatches(Dataset[Any]):
         share = slice(worker.id, None, worker.num_workers) if worker else slice(None)
         for stream, dataset in self.reader.datasets.items():
             plan = self.reader.plan(stream, self.epoch)
-            last = plan.window_at(step * self.reader.sizes[stream]) + 1
+            last = plan.window_at(self.reader.span(stream, step)[0]) + 1
             first = max(self._near[stream] + 1, last - 1)
             wanted = [int(shard) for shards in plan.windows[first : last + 1] for shard in shards[share]]
             self._near[stream] = max(self._near[stream], last)

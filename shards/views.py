@@ -78,7 +78,7 @@ def replay(pixels: np.ndarray, view: np.void, where: str = "view") -> np.ndarray
         raise UserError(f"{where}: view {view} is not inside an image of {width} x {height} pixels")
     if (high, wide) != (height, width):
         box = (left, top, left + wide, top + high)
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
+        pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 

@@ -31,6 +31,7 @@ class Progress:
     images: int = 0  # that the student has seen, clean and DAD
     seconds: float = 0.0  # of training, over all processes that took part
     waited: float = 0.0  # seconds of these spent waiting for the next batch
+    validated: float = 0.0  # seconds of validation, on top of them
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch
     rows: list[dict[str, float]] = field(default_factory=list)  # metrics.csv
 
@@ -117,7 +118,8 @@ class StudentDir:
         info = self.info()
         if not self.store.exists(BEST):
             raise UserError(f"{self}: has no finished epoch yet (no {BEST}); run `make train` again")
-        student = create_student(info.student, len(info.classes), info.side)
+        # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
+        student = Student(create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std))
         try:
             student.model.load_state_dict(load_weights(self.path / BEST))
         except RuntimeError as error:

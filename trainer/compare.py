@@ -29,8 +29,9 @@ def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dic
     if kept.exists() and (scores := scores_from_json(kept.read_text(), made_from)) is not None:
         return scores
     where = choose_device(device)
-    bf16 = use_bf16("auto", where)
-    scores = evaluate(directory.load_student().to(where), data, len(info.classes), info.side, where, bf16=bf16, label=directory.path.name)
+    bf16, threads = use_bf16(info.recipe["precision"], where), info.recipe["workers"]  # as in training
+    model, label = directory.load_student().to(where), directory.path.name
+    scores = evaluate(model, data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label)
     directory.store.write(RESULTS, scores_to_json(scores, made_from, weights).encode())
     return scores
 

@@ -11,7 +11,7 @@ from manifests.command import ProjectGroup, as_overrides, recipe_option_of, set_
 from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
 
-from .ledger import Models, measure, table
+from .ledger import IGNORED, Models, measure, table
 from .recipe import FOLDER, Recipe, load
 
 
@@ -84,7 +84,10 @@ def _header(recipe: Recipe, info: RunInfo, random: str | None, device: torch.dev
     numbers = "bf16" if use_bf16(recipe.precision, device) else "fp32"
     models = f"untrained {random} and VQGAN f8-16384" if random else "the run's teacher and discretizer"
     side = recipe.input or info.recipe["canvas"]
-    return f"{where}; {recipe.student} at {side} px, batch {recipe.batch}, {numbers}, {recipe.workers} loader workers; {models}"
+    batch = f"batch {recipe.batch}" + (f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
+    without = ", ".join(name for name in IGNORED if getattr(recipe, name))
+    left_out = f"; without the recipe's {without}" if without else ""
+    return f"{where}; {recipe.student} at {side} px, {batch}, {numbers}, {recipe.workers} loader workers; {models}{left_out}"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from manifests import UserError
 from manifests.command import INTERRUPTED, USER_ERROR
+from manifests.devices import choose_device
 
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 10.0  # seconds without one, after which a rank is taken for dead
@@ -82,7 +83,10 @@ def joined() -> Iterator[None]:
         missing = watch.roll_call() if broken or interrupted else []
         if watch.speaks_first(str(error)):
             if missing or broken:
-                raise UserError(_obituary(missing)) from error
+                why = " ".join(str(error).split())[:300]  # NCCL says what is wrong, such as two ranks on one GPU, at the end
+                raise UserError(
+                    _obituary(missing) if missing else f"a call between the ranks failed, and none is missing ({why}); {GO_ON}"
+                ) from error
             raise
         sys.exit(INTERRUPTED if interrupted and not missing else USER_ERROR)
     finally:
@@ -111,13 +115,17 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
-def start(device: torch.device) -> torch.device:
-    """Connect the ranks, one process per device, and return the device of this one. Raises UserError when it has none."""
+def start(name: str) -> torch.device:
+    """Connect the ranks, one process per device, and return the device of this one: of the kind that the recipe names.
+
+    Raises UserError when there is none for this process.
+    """
     if _watch is None:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", own_gpu(_watch.place.local_rank, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
+        return choose_device(name)
+    if name.startswith(("auto", "cuda")) and torch.cuda.is_available():  # its own before it touches any: a context on GPU 0 takes memory
+        name = f"cuda:{own_gpu(_watch.place.local_rank, torch.cuda.device_count())}"
+        torch.cuda.set_device(name)
+    device = choose_device(name)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_watch.group_store, rank=rank(), world_size=world(), timeout=TIMEOUT)
     return device
@@ -219,6 +227,7 @@ class Watch:
         self._lock = threading.Lock()
         self._over = threading.Event()  # this rank is leaving
         self._heard = False  # that another rank has reported an error
+        self._store.set(f"beat/{place.rank}", "0")  # of a rank that dies before the thread's first one, silence is noticed too
         threading.Thread(target=self._keep_watch, daemon=True).start()
 
     def leave(self) -> None:
@@ -299,8 +308,6 @@ class Watch:
 
 
 def _obituary(missing: list[int]) -> str:
-    if not missing:
-        return f"the connection between two machines broke; {GO_ON}"
     who = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
     return f"{who} ended without a word (killed, out of memory, or the machine is gone); {GO_ON}"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,13 +60,36 @@ def set_tars(folder: Path) -> list[Path]:
     return tars
 
 
-def read_set(folder: Path, classes: int, side: int, *, part: int = 0, parts: int = 1) -> Iterator[tuple[torch.Tensor, int]]:
+def read_set(
+    folder: Path, classes: int, side: int, *, part: int = 0, parts: int = 1, threads: int = 1
+) -> Iterator[tuple[torch.Tensor, int]]:
     """(uint8 image [3, side, side], label) of every sample below a folder, in order; images are resized and cropped as stage 1 does.
 
-    Of several parts, number ``part`` is every parts-th sample.
+    Of several parts, number ``part`` is every parts-th sample. Images are decoded in ``threads`` (PIL lets go of the interpreter), some
+    ahead of the one that is asked for.
 
-    Raises UserError for a folder without tars, a sample without image or label, or a label outside the class list.
+    Raises UserError for a folder without tars, a sample without image or label, an unreadable image, or a label outside the class list.
     """
+    ahead: deque[tuple[Future[torch.Tensor], int]] = deque()
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for data, label, where in _stored(folder, classes, part, parts):
+            ahead.append((pool.submit(_decode, data, side, where), label))
+            if len(ahead) > 4 * max(threads, 1):
+                image, its_label = ahead.popleft()
+                yield image.result(), its_label
+        for image, its_label in ahead:
+            yield image.result(), its_label
+
+
+def _decode(data: bytes, side: int, where: str) -> torch.Tensor:
+    try:
+        return load_canvas(data, side)
+    except BadImage as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _stored(folder: Path, classes: int, part: int, parts: int) -> Iterator[tuple[bytes, int, str]]:
+    """(encoded image, label, name for messages) of every sample of a part."""
     count = 0
     for tar in set_tars(folder):
         with open(tar, "rb") as file:
@@ -78,16 +103,15 @@ def read_set(folder: Path, classes: int, side: int, *, part: int = 0, parts: int
                     raise UserError(f"{tar}: sample {sample.key} has no image, or no .cls with a number")
                 if int(label) >= classes:
                     raise UserError(f"{tar}: sample {sample.key} has label {label}, the student knows {classes} classes")
-                try:
-                    yield load_canvas(data, side), int(label)
-                except BadImage as error:
-                    raise UserError(f"{tar}: sample {sample.key}: {error}") from error
+                yield data, int(label), f"{tar}: sample {sample.key}"
 
 
-def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, batch: int = 250) -> Score:
+def score_set(
+    model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, threads: int = 1, batch: int = 250
+) -> Score:
     """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back.
 
-    Several processes share the images out, and all get the score of the whole set.
+    Several processes share the images out, and all get the score of the whole set. Raises UserError as `read_set` does, and for no images.
     """
     was_training = model.training
     model.eval()
@@ -100,7 +124,7 @@ def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: t
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return int((model(x).argmax(1) == y).sum())
 
-    for sample in read_set(folder, classes, side, part=rank(), parts=world()):
+    for sample in read_set(folder, classes, side, part=rank(), parts=world(), threads=threads):
         pending.append(sample)
         images += 1
         if len(pending) == batch:
@@ -110,6 +134,8 @@ def score_set(model: nn.Module, folder: Path, classes: int, side: int, device: t
         right += flush()
     model.train(was_training)
     right, images = sum_over_ranks(torch.tensor([right, images])).tolist()
+    if images == 0:
+        raise UserError(f"{folder}: its tars hold no samples")
     return Score(right=right, images=images)
 
 
@@ -124,13 +150,15 @@ def sets_below(data: Path) -> list[str]:
     return sorted(names, key=lambda name: (first.get(name, 2), name))
 
 
-def evaluate(model: nn.Module, data: Path, classes: int, side: int, device: torch.device, *, bf16: bool, label: str) -> dict[str, Score]:
+def evaluate(
+    model: nn.Module, data: Path, classes: int, side: int, device: torch.device, *, bf16: bool, threads: int = 1, label: str
+) -> dict[str, Score]:
     """Score a model on every set of a data folder."""
     scores = {}
     names = sets_below(data)
     with progress(len(names), f"evaluating {label}", "set") as bar:
         for name in names:
-            scores[name] = score_set(model, data / name, classes, side, device, bf16=bf16)
+            scores[name] = score_set(model, data / name, classes, side, device, bf16=bf16, threads=threads)
             bar.update()
     return scores
 

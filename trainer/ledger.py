@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,20 +14,22 @@ from torch import nn
 from manifests import UserError
 from manifests.devices import use_bf16
 from manifests.progress import progress
-from shards import Batch, TrainingReader, seeded_generator
+from shards import Batch, seeded_generator
 from shards.codec import to_float
 
 from . import online
 from .augmentation import Augment
-from .loop import timed
+from .loop import open_reader, timed
+from .memory import memory_errors
 from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer
 from .recipe import Recipe
-from .step import batch_loss
+from .step import batch_loss, split_batch
 from .student import create_student
 
 # Table 7 gives Fast AdvProp as 3: its three passes are those of AdvProp with one step. Decoupled, as published, it takes fewer.
 PAPER = {"AT-10": 11.0, "AdvProp-5": 7.0, "AdvProp-1": 3.0, "DAT-1": 3.5, "DAD from shards": 2.0}
+IGNORED = ("pretrained", "drop_path", "dropout", "ema", "compile", "sync_bn")  # fields of the recipe that are left out of all schemes alike
 STUDENTS = (1, 2, 5, 10)  # that share one set of shards
 
 
@@ -46,7 +48,7 @@ class Scheme:
 
     name: str
     objective: Objective  # decides which streams are read
-    loss: Callable[[Batch], torch.Tensor]
+    loss: Callable[[Batch, Mapping[str, int]], torch.Tensor]  # of a part of a batch with so many samples of each stream; parts add up
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,28 @@ class Timing:
     waiting: float  # share of it spent waiting for data; an upper bound on a GPU, which computes meanwhile
 
 
-def schemes(
-    recipe: Recipe, student: nn.Module, auxiliary: nn.Module, models: Models, totals: dict[str, int], device: torch.device
-) -> list[Scheme]:
-    """Every line of the ledger, plain training first. totals: samples of each stream in a batch."""
+def schemes(recipe: Recipe, student: nn.Module, auxiliary: nn.Module, models: Models, device: torch.device) -> list[Scheme]:
+    """Every line of the ledger, plain training first."""
     temperature, weight = recipe.loss.temperature, recipe.loss.weight
-    generator = seeded_generator("cost", recipe.seed)
+    mixing = seeded_generator("cost", recipe.seed)
+    generator = torch.Generator(device).manual_seed(mixing.initial_seed())  # noise is made where it is used, not copied there
 
     def stored(name: str, objective: Objective) -> Scheme:
         settings = replace(recipe, loss=replace(recipe.loss, objective=objective))
-        return Scheme(name, objective, lambda batch: batch_loss(student, batch, settings, totals, generator, device)[0])
+        return Scheme(name, objective, lambda part, totals: batch_loss(student, part, settings, totals, mixing, device)[0])
 
     def live(name: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Scheme:
-        return Scheme(name, "plain", lambda batch: loss(images_of(batch, "clean", device), batch["clean"].labels.to(device)))
+        def share(part: Batch, totals: Mapping[str, int]) -> torch.Tensor:
+            x, y = images_of(part, "clean", device), part["clean"].labels.to(device, non_blocking=True)
+            return loss(x, y) * (len(y) / totals["clean"])
 
-    def live_dad(batch: Batch) -> torch.Tensor:
-        clean, dad = (images_of(batch, stream, device) for stream in ("clean", "dad"))
-        labels = batch["clean"].labels.to(device)
-        return online.live_dad_loss(student, models.teacher, clean, labels, dad, temperature=temperature, weight=weight)
+        return Scheme(name, "plain", share)
+
+    def live_dad(part: Batch, totals: Mapping[str, int]) -> torch.Tensor:
+        clean, dad = (images_of(part, stream, device) for stream in ("clean", "dad"))
+        y = part["clean"].labels.to(device, non_blocking=True)
+        loss = online.live_dad_loss(student, models.teacher, clean, y, dad, temperature=temperature, weight=weight)
+        return loss * (len(y) / totals["clean"])
 
     return [
         stored("plain", "plain"),
@@ -90,6 +96,11 @@ def schemes(
     ]
 
 
+def totals_of(batch: Batch) -> dict[str, int]:
+    """Samples of each stream in a batch."""
+    return {stream: len(half.keys) for stream, half in batch.items()}
+
+
 def images_of(batch: Batch, stream: str, device: torch.device) -> torch.Tensor:
     """A half's images on the device, [B, 3, H, W] in [0, 1]."""
     return to_float(batch[stream].images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
@@ -102,17 +113,18 @@ def measure(
 
     Raises UserError when the shards hold too few batches for one measurement.
     """
-    readers = {
-        objective: TrainingReader(recipe.shards, batch_size=recipe.batch, streams=streams, seed=recipe.seed, window=recipe.window)
-        for objective, streams in STREAMS.items()
-    }
+    readers = {objective: open_reader(recipe, objective) for objective in STREAMS}
     dataset, batches = readers["dad"].datasets["clean"], readers["dad"].steps
     side = recipe.input or int(dataset.info.recipe["canvas"])
-    warmup = 1 + 4 * recipe.workers  # what the loader has read ahead must be used up, or it would seem free
-    if recipe.batch < 10:
-        raise UserError(f"batch: {recipe.batch}; Fast AdvProp's fifth of it would be a single image: set it to 10 or more")
+    warmup = 1 + readers["plain"].read_ahead(recipe.workers)  # what the loader has read ahead must be used up, or it would seem free
+    if recipe.batch // recipe.accumulate < 10:
+        parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+        raise UserError(
+            f"batch: {recipe.batch}{parts}; Fast AdvProp's fifth would be a single image: set it to {10 * recipe.accumulate} or more"
+        )
     if batches < warmup + steps:
         raise UserError(f"{recipe.shards}: {batches} batches, a measurement takes {warmup + steps}; lower batch or --steps")
+    torch.backends.cudnn.benchmark = True  # as in training
     torch.manual_seed(recipe.seed)
     student = create_student(recipe.student, len(dataset.classes), side).to(device).to(memory_format=torch.channels_last).train()
     auxiliary = online.with_auxiliary_norms(student)
@@ -121,9 +133,10 @@ def measure(
 
     def update(scheme: Scheme, batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = scheme.loss(batch)
-        loss.backward()
+        for part in split_batch(batch, recipe.accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = scheme.loss(part, totals_of(batch))
+            loss.backward()
         if recipe.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(student.parameters(), recipe.optimizer.clip)
         optimizer.step()
@@ -132,13 +145,13 @@ def measure(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             models.generate(images_of(batch, "clean", device), batch["clean"].labels.to(device))
 
-    lines = schemes(recipe, student, auxiliary, models, readers["dad"].sizes, device)
+    lines = schemes(recipe, student, auxiliary, models, device)
     timings: dict[str, list[Timing]] = {scheme.name: [] for scheme in lines}
     generation: list[float] = []
-    with progress(repeats * (len(lines) + 1), "measuring", "scheme") as bar:
+    with memory_errors(), progress(repeats * (len(lines) + 1), "measuring", "scheme") as bar:
         for epoch in range(repeats):
             for scheme in lines:
-                read = readers[scheme.objective].batches(epoch, workers=recipe.workers, transform=augment)
+                read = readers[scheme.objective].batches(epoch, workers=recipe.workers, transform=augment, pin=device.type == "cuda")
                 some = itertools.islice(read, warmup + steps)
                 timings[scheme.name].append(clock(some, lambda batch, scheme=scheme: update(scheme, batch), warmup, device))  # type: ignore[misc]
                 bar.update()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from manifests import UserError
-from manifests.devices import choose_device, use_bf16
+from manifests.devices import use_bf16
 from manifests.progress import progress
 from shards import TrainingReader
 
@@ -23,8 +24,9 @@ from . import distributed
 from .augmentation import Augment
 from .checkpoint import BEST, LAST, METRICS, Progress, StudentDir, describe
 from .evaluate import check_set, score_set
+from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
-from .objectives import STREAMS
+from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer, learning_rate
 from .recipe import Recipe
 from .step import Forward, train_step
@@ -78,11 +80,14 @@ def train(recipe: Recipe, out: str) -> StudentDir:
         if not quiet:
             click.echo(_opening(run))
         log = Log(run.directory.path, recipe, run.now)
-        with progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar:
+        with (
+            closing(log),
+            memory_errors(),
+            progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar,
+        ):
             while run.at.epoch < recipe.epochs:
                 train_epoch(run, log, bar)
                 end_epoch(run, log)
-        log.close()
     if not quiet:
         click.echo(_closing(run))
     return run.directory
@@ -92,28 +97,20 @@ def prepare(recipe: Recipe, out: str) -> Training:
     """Load everything, check it, and go to where the last checkpoint was."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device = distributed.start(choose_device(recipe.device))
-    reader = TrainingReader(
-        recipe.shards,
-        batch_size=recipe.batch,
-        streams=STREAMS[recipe.loss.objective],
-        seed=recipe.seed,
-        window=recipe.window,
-        rank=distributed.rank(),
-        world=distributed.world(),
-        images=recipe.images,
-        temperature=recipe.loss.temperature,
-        cache_gb=recipe.cache_gb,
-    )
+    device = distributed.start(recipe.device)
+    if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
+        raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
+    reader = open_reader(recipe, recipe.loss.objective)
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
         raise UserError(
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
             "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
         )
-    if recipe.accumulate > min(reader.sizes.values()) // distributed.world():
+    if recipe.accumulate > min(reader.samples.values()) // reader.steps // distributed.world():
         raise UserError(
-            f"accumulate: {recipe.accumulate} parts of a batch of {reader.sizes}; some would be empty: lower it, or raise batch"
+            f"accumulate: {recipe.accumulate} parts of a batch of {_images_a_step(reader)}; some would be empty: lower it, or raise batch"
         )
+    torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
     info = next(iter(reader.datasets.values())).info
     side = recipe.input or int(info.recipe["canvas"])
     torch.manual_seed(recipe.seed)
@@ -146,7 +143,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
         device=device,
         bf16=use_bf16(recipe.precision, device),
         student=student,
-        forward=torch.compile(forward) if recipe.compile else forward,
+        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches come in two or three sizes
         average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
         optimizer=optimizer,
         at=Progress(),
@@ -157,23 +154,39 @@ def prepare(recipe: Recipe, out: str) -> Training:
     return run
 
 
+def open_reader(recipe: Recipe, objective: Objective) -> TrainingReader:
+    """The streams that an objective learns from, read as the recipe says."""
+    return TrainingReader(
+        recipe.shards,
+        batch_size=recipe.batch,
+        streams=STREAMS[objective],
+        seed=recipe.seed,
+        window=recipe.window,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        images=recipe.images,
+        temperature=recipe.loss.temperature,
+        cache_gb=recipe.cache_gb,
+    )
+
+
 def train_epoch(run: Training, log: Log, bar: Any) -> None:
     """From where the run is to the end of its epoch, with checkpoints on the way."""
     recipe, reader, at = run.recipe, run.reader, run.at
-    settings, meter = recipe.optimizer, Meter()
+    settings, meter, on_gpu = recipe.optimizer, Meter(), run.device.type == "cuda"
     augment = Augment(recipe.augmentation, run.side)
     warmup = round(settings.warmup * reader.steps)
     saved = clock = time.monotonic()
     run.student.train()
-    for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment)):
-        step = run.now
+    for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=on_gpu)):
+        step, sizes = run.now, reader.sizes(at.step)
         rate = learning_rate(step, peak=settings.lr, warmup=warmup, total=run.total)
         losses = train_step(
             run.forward,
             run.optimizer,
             batch,
             recipe,
-            totals=reader.sizes,
+            totals=sizes,
             rate=rate,
             step=step,
             device=run.device,
@@ -183,7 +196,7 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
             run.average.update(run.student, step=step)
         meter.add(step, losses, batch)
         at.step += 1
-        at.images += sum(reader.sizes.values())
+        at.images += sum(sizes.values())
         at.waited += waited
         last, logs = at.step == reader.steps, step % LOG_EVERY == 0
         due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
@@ -200,6 +213,7 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
             check_weights(run)
         if due and not last:
             save(run)
+            log.flush()  # what is on disk ends where the checkpoint does
             saved = time.monotonic()
         bar.update()
 
@@ -211,7 +225,9 @@ def end_epoch(run: Training, log: Log) -> None:
     better = True
     if recipe.validation is not None:
         distributed.share_buffers(run.result)
-        score = score_set(run.result, Path(recipe.validation), len(run.reader.classes), run.side, run.device, bf16=run.bf16)
+        started, classes = time.monotonic(), len(run.reader.classes)
+        score = score_set(run.result, Path(recipe.validation), classes, run.side, run.device, bf16=run.bf16, threads=recipe.workers)
+        at.validated += time.monotonic() - started
         row["val_top1"] = score.top1
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
@@ -223,6 +239,7 @@ def end_epoch(run: Training, log: Log) -> None:
     if distributed.is_first():
         run.directory.store.write(METRICS, to_csv(at.rows).encode())
     save(run)
+    log.flush()
 
 
 def check_weights(run: Training) -> None:
@@ -274,13 +291,12 @@ def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
 
 
 def _opening(run: Training) -> str:
-    recipe, sizes = run.recipe, run.reader.sizes
+    recipe = run.recipe
     going_on = f", going on at step {run.now}" if run.now else ""
-    images = " + ".join(f"{size} {stream}" for stream, size in sizes.items())
     return (
         f"{run.directory}: {recipe.student} {recipe.loss.objective}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
-        f"{run.directory}: {images} images a step, {_times_plain(run):.2f} times those of plain training"
+        f"{run.directory}: {_images_a_step(run.reader)} images a step, {_times_plain(run):.2f} times those of plain training"
     )
 
 
@@ -289,14 +305,19 @@ def _closing(run: Training) -> str:
     best = f", best val top-1 {at.best:.1f} %" if at.best >= 0 else ""
     cost = f"{at.images:,} images, {_times_plain(run):.2f} times those of plain training"
     speed = f"{at.images / at.seconds:.0f} images/s in {at.seconds / 60:.1f} minutes" if at.seconds else "no time"
+    validated = f", and {at.validated / 60:.1f} minutes of validation" if at.validated else ""
     model = f'timm.create_model("{recipe.student}", num_classes={len(run.reader.classes)}'
     size = f", img_size={run.side}" if fixed_size(recipe.student) else ""
     return (
         f"{run.directory}: done{best}\n"
-        f"{run.directory}: what it cost: {cost}; {speed}, {at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data\n"
+        f"{run.directory}: what it cost: {cost}; {speed}, {at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data{validated}\n"
         f'load it: {model}{size}, checkpoint_path="{run.directory.path / BEST}")'
     )
 
 
 def _times_plain(run: Training) -> float:
-    return sum(run.reader.sizes.values()) / run.reader.sizes["clean"]
+    return sum(run.reader.samples.values()) / run.reader.samples["clean"]
+
+
+def _images_a_step(reader: TrainingReader) -> str:
+    return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())

@@ -20,6 +20,8 @@ from shards import Batch
 from .distributed import gather, is_first, sum_over_ranks
 from .recipe import Recipe
 
+NAMED = 16  # samples in a message
+
 
 class Meter:
     """Losses of the steps since they were last read. Reading waits for the device; adding does not."""
@@ -42,14 +44,24 @@ class Meter:
         own = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in pending])
         values = sum_over_ranks(own).tolist()  # one wait for all
         read = []
-        for (step, losses, keys), row, mine in zip(pending, values, own.isfinite().all(1), strict=True):
+        for (step, losses, keys), row in zip(pending, values, strict=True):
             named = dict(zip(losses, row, strict=True))
-            if not math.isfinite(named["loss"]):
-                keys = [key for part in gather([] if mine else keys) for key in part]
-                what = f"the loss or its gradient became {named['loss']} at step {step}"
-                raise UserError(f"{what}; lower optimizer.lr, or look at the samples: {', '.join(keys)}")
+            if not all(map(math.isfinite, row)):
+                what = "gradient" if math.isfinite(named["loss"]) else "loss"
+                raise UserError(
+                    f"the {what} became {named['grad_norm' if what == 'gradient' else 'loss']} at step {step}; "
+                    f"lower optimizer.lr, or look at the samples: {_suspects(keys, bool(losses['loss'].isfinite()))}"
+                )
             read.append((step, named))
         return read
+
+
+def _suspects(keys: list[str], fine: bool) -> str:
+    """The samples of the ranks whose own loss is not finite; the gradient is shared, and then so is the suspicion."""
+    parts = gather((keys, fine))
+    found = [key for part, its_fine in parts if not its_fine for key in part] or [key for part, _ in parts for key in part]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ", ".join(found[:NAMED]) + more
 
 
 class Log:
@@ -66,6 +78,10 @@ class Log:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(scalars), step=step)
+
+    def flush(self) -> None:
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         if self._board is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .mixing import Mixing, mix_log_probabilities
 
 Objective = Literal["plain", "kd", "dad"]
-STREAMS: dict[str, tuple[Literal["clean", "dad"], ...]] = {"plain": ("clean",), "kd": ("clean",), "dad": ("clean", "dad")}
+STREAMS: dict[Objective, tuple[Literal["clean", "dad"], ...]] = {"plain": ("clean",), "kd": ("clean",), "dad": ("clean", "dad")}
 
 
 def distillation_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, mixing: Mixing | None = None) -> torch.Tensor:

@@ -102,9 +102,9 @@ class Recipe:
     """Passes over the clean set; the DAD stream ends together with it."""
     batch: Positive = 64
     """Clean images per step. DAD images come in proportion, on top."""
-    accumulate: Positive = 1
+    accumulate: Annotated[int, Field(ge=1), Execution] = 1
     """Parts that each batch is passed through in, for less memory. The gradient is that of the whole batch, but for batch norm's
-    statistics, which are those of a part."""
+    statistics, which are those of a part. May change on the way, with the number of GPUs."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the exponential moving average of the weights, which is what is evaluated and exported. 0: none."""
     window: Positive = 16
@@ -116,8 +116,9 @@ class Recipe:
     compile: bool = False
     """Compile the student with torch.compile: minutes at the start, faster steps on a GPU."""
     sync_bn: bool = False
-    """Take batch norm's statistics over all GPUs of a run. Without effect on one."""
-    validation: str | None = None
+    """Take batch norm's statistics over all GPUs of a run. Without effect on one. Only with it do the
+    curves of students with batch norm agree between numbers of GPUs."""
+    validation: Annotated[str | None, Location] = None
     """WebDataset tars to choose the best checkpoint by (top-1). None: the last is the best."""
     device: Annotated[str, Execution] = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""

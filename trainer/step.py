@@ -17,7 +17,7 @@ from .objectives import student_loss
 from .recipe import Recipe
 
 Forward = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, H, W] in [0, 1] -> logits [B, classes]
-Losses = dict[str, torch.Tensor]  # "loss" and its terms, scalars on the device
+Losses = dict[str, torch.Tensor]  # "loss", its terms and "grad_norm", scalars on the device
 
 
 def train_step(
@@ -32,7 +32,7 @@ def train_step(
     device: torch.device,
     bf16: bool,
 ) -> Losses:
-    """One update of the student; returns the loss and its terms, still on the device. What is not finite is found by `Meter`.
+    """One update of the student; returns loss, terms and the gradient's norm, still on the device. `Meter` finds what is not finite.
 
     totals: samples of each stream in the whole global batch, of which ``batch`` may be a part; losses are sums over the samples here
     divided by them, so that those of all parts add up.
@@ -55,7 +55,7 @@ def train_step(
         norm = nn.utils.clip_grad_norm_(weights, recipe.optimizer.clip)
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-    losses["loss"] = losses["loss"] + 0 * norm  # not finite where the gradient is not, for the meter to find
+    losses["grad_norm"] = norm.detach() / world()  # alike on all ranks, where the meter adds up
     optimizer.step()
     return losses
 

@@ -18,7 +18,7 @@ import torch
 
 from manifests import RunDir, Store, UserError
 from manifests.rows import TarRecord
-from shards import TrainingReader
+from shards import ShardDataset, TrainingReader
 from shards.cache import ATTEMPTS, TarCache
 
 pytest.importorskip("aiohttp", reason="fsspec's http:// needs aiohttp")
@@ -181,3 +181,18 @@ def test_an_unwritable_cache_says_which_variable(plain_run: Path, tmp_path: Path
     monkeypatch.setenv("DAD_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="DAD_CACHE"):
         TrainingReader(str(plain_run), batch_size=7)
+
+
+def test_a_cached_tar_that_the_disk_has_damaged_is_fetched_again(server: Server, cache_folder: Path, plain_run: Path) -> None:
+    """The remote is whole: a reader does not fail for ever, and does not blame the remote."""
+    cache = TarCache(1 << 30)
+    dataset = ShardDataset(server.url, "clean", cache=cache)
+    expected = dataset[0]
+    (tar,) = (cache_folder / "tars").glob("*.tar")
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    again = dataset[0]
+    assert again.image is not None and expected.image is not None and torch.equal(again.image, expected.image)
+    assert server.fetched["clean/clean-000000.tar"] == 2
+    assert tar.read_bytes() == (plain_run / "clean" / "clean-000000.tar").read_bytes()

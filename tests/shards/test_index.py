@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,19 @@ def test_a_damaged_index_is_made_anew(plain_run: Path, harm: str) -> None:
         path.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "nonsense": b"ARROW1\0\0" + bytes(1000)}[harm])
     found = ShardDataset(str(plain_run), "clean")
     assert np.array_equal(found.index.offset, expected.index.offset) and path.read_bytes() == data
+
+
+def test_indexes_that_nobody_reads_are_removed(plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When another is written; one that is read stays, however old it is, and so does one that is mapped."""
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path))
+    old, used = (ShardDataset(str(plain_run), stream).index for stream in ("clean", "dad"))
+    for index in (old, used):
+        os.utime(tmp_path / "indexes" / f"{index.name}.arrow", (0, 0))
+    ShardDataset(str(plain_run), "dad")
+    write_manifest(tmp_path / "other", 2000, 2)
+    new = ShardDataset(str(tmp_path / "other"), "clean").index
+    assert {path.stem for path in (tmp_path / "indexes").iterdir()} == {used.name, new.name}
+    assert old.offset[0] == 0
 
 
 def test_another_manifest_has_another_index(plain_run: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shards import seeded_generator
-from shards.plan import plan_epoch, rank_slice
+from shards.plan import cut, plan_epoch
 
 SIZES = (9, 12, 0, 7, 11, 1, 14, 5)  # samples of each shard; one has none
 SHARDS = np.repeat(np.arange(len(SIZES)), SIZES)
@@ -94,7 +94,7 @@ def test_numbers_of_shards_may_have_gaps() -> None:
 @pytest.mark.parametrize("size", [0, 1, 7, 64])
 def test_ranks_share_a_batch(size: int, world: int) -> None:
     """The parts of all ranks follow each other, cover the batch, and differ by at most one sample."""
-    parts = [rank_slice(100, 100 + size, rank, world) for rank in range(world)]
+    parts = [cut(100, 100 + size, rank, world) for rank in range(world)]
     assert parts[0][0] == 100 and parts[-1][1] == 100 + size
     assert all(before[1] == after[0] for before, after in pairwise(parts))
     lengths = [end - begin for begin, end in parts]

@@ -12,6 +12,7 @@ import torch
 
 from manifests import UserError
 from shards import Batch, ImageFormat, ShardDataset, TrainingReader, encode_image
+from shards.benchmark import BareTars, write_run
 
 
 def reader(run: Path, batch_size: int = 7, **options) -> TrainingReader:  # type: ignore[no-untyped-def]
@@ -48,7 +49,7 @@ def test_a_batch(plain_run: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 16, 48])
 def test_an_epoch_sees_every_sample_once(plain_run: Path, batch_size: int) -> None:
-    """Every clean sample once less the remainder below one batch; both streams end together; the DAD share is the same in every batch."""
+    """Every clean sample once, less a remainder below one batch; both streams end together; every DAD sample, in even shares."""
     made = reader(plain_run, batch_size, streams=("clean", "dad")) if batch_size > 1 else reader(plain_run, batch_size, streams=("clean",))
     clean, dad = len(made.datasets["clean"]), len(made.datasets.get("dad", []))  # type: ignore[arg-type]
     for epoch in range(2):
@@ -58,8 +59,9 @@ def test_an_epoch_sees_every_sample_once(plain_run: Path, batch_size: int) -> No
         assert max(seen.values()) == 1 and clean - len(seen) == clean % batch_size < batch_size
         if dad:
             seen = Counter(key for batch in batches for key in batch["dad"].keys)
-            assert max(seen.values()) == 1 and dad - len(seen) < made.steps
-            assert {len(batch["dad"].keys) for batch in batches} == {dad // made.steps}
+            assert max(seen.values()) == 1 and len(seen) == dad
+            assert {len(batch["dad"].keys) for batch in batches} <= {dad // made.steps, -(-dad // made.steps)}
+            assert [{s: len(half.keys) for s, half in batch.items()} for batch in batches] == [made.sizes(n) for n in range(made.steps)]
 
 
 def test_who_is_left_out_changes(plain_run: Path) -> None:
@@ -263,3 +265,21 @@ def test_images_of_different_sizes(make_run: Callable[..., Path], tmp_path: Path
     run = make_run(tmp_path / "run", edit=lambda stream, key, members: members | ({"png": odd} if key == "s1-02" else {}))
     with pytest.raises(UserError, match=r"clean-000001\.tar: s\d-\d\d: image of \d x \d pixels among others"):
         list(reader(run, 48, streams=("clean",)).batches(0, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 12, 100])
+def test_read_ahead_is_bounded(plain_run: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Four batches a worker where they are small; where they are not, as many as fit, and never none."""
+    made = reader(plain_run)
+    assert made.read_ahead(workers) == 4 * workers
+    batch = 3 * 8 * 8 * sum(made.samples.values()) // made.steps
+    monkeypatch.setattr("shards.reader.READ_AHEAD", 13 * batch)
+    assert made.read_ahead(workers) == workers * {1: 4, 2: 4, 12: 1, 100: 1}[workers]
+    assert made.read_ahead(0) == 0
+
+
+def test_the_bare_loop_of_the_benchmark_reads_every_image(tmp_path: Path) -> None:
+    """Also those that do not fill a batch: it is what the others are measured against."""
+    write_run(tmp_path / "run", tmp_path / "flat", 70, 2)
+    batches = list(BareTars(sorted((tmp_path / "run" / "clean").glob("*.tar"))))
+    assert [len(labels) for _, labels in batches] == [64, 6]

@@ -98,6 +98,8 @@ def test_what_a_replay_gives() -> None:
     assert np.array_equal(replay(pixels, whole[1]), pixels[:, ::-1])
     digest = hashlib.sha256(replay(pixels, whole[2]).tobytes()).hexdigest()
     assert digest[:16] == "fa1e43c635901e4a"
+    unmirrored = np.array([(3, 2, 9, 12, 0)], VIEW)[0]
+    assert replay(pixels, unmirrored).flags.writeable  # or torch, which takes it over, warns
 
 
 @pytest.mark.parametrize("box", [(0, 0, 9, 8, 0), (8, 0, 1, 1, 0), (0, 0, 0, 8, 0), (0, 1, 8, 8, 0), (0, 0, 8, 8, 2)])

@@ -161,6 +161,12 @@ def test_a_user_error_is_told_once(tiny_run: Path, tmp_path: Path, ranks: Ranks)
     assert len(lines) == 1 and "'test_resnet'" in lines[0]
 
 
+def test_batch_norm_over_ranks_needs_gpus(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
+    statuses, lines = told(ranks(2, *command(tiny_run, tmp_path / "student", "sync_bn=true")))
+    assert statuses == [2, 2]
+    assert lines == ["error: sync_bn: works on GPUs only, this is cpu; set sync_bn=false"]
+
+
 def test_damage_met_by_one_rank_ends_all(tmp_path: Path, ranks: Ranks) -> None:
     """One sample of one tar is damaged: one rank reads it; the other, waiting for it in a collective, ends too."""
     run = write_run(tmp_path / "run")
@@ -171,6 +177,20 @@ def test_damage_met_by_one_rank_ends_all(tmp_path: Path, ranks: Ranks) -> None:
     statuses, lines = told(ranks(2, *command(run, tmp_path / "student", "check_shards=false", "workers=1")))
     assert statuses == [2, 2]
     assert len(lines) == 1 and lines[0].startswith(f"error: {tar}: "), lines
+
+
+def test_a_distributed_error_of_living_ranks_says_why(ranks: Ranks) -> None:
+    """Nobody is missing, so that the error itself is all there is to go by: here, word that never comes."""
+    program = """
+from datetime import timedelta
+from trainer import distributed
+with distributed.joined():
+    distributed.start("cpu")
+    distributed._watch.group_store.wait(["never"], timedelta(seconds=1))
+"""
+    said = [process.communicate(timeout=60)[1] for process in ranks(2, "-c", program)]
+    lines = [line for text in said for line in text.splitlines() if "UserError: " in line]
+    assert len(lines) == 1 and "a call between the ranks failed, and none is missing (" in lines[0] and "never" in lines[0], said
 
 
 def test_places() -> None:

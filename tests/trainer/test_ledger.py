@@ -12,8 +12,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from trainer import online
 from trainer.cost import main
-from trainer.ledger import PAPER, Timing, clock, table
+from trainer.ledger import PAPER, Models, Timing, clock, schemes, table, totals_of
+from trainer.loop import open_reader
+from trainer.recipe import load
+from trainer.step import split_batch
+from trainer.student import create_student
+
+from .conftest import CLASSES, SIDE
 
 ROWS = ("plain", "KD from shards", "DAD from shards", "KD, live teacher", "DAD, live teacher", "Fast AdvProp-1", *PAPER)
 
@@ -65,6 +72,7 @@ def test_the_whole_ledger_on_small_models(finished_run: Path, models: str) -> No
     for name in ROWS:
         assert f"\n| {name} |" in result.output
     assert "epochs of plain training" in result.output
+    assert "without the recipe's ema" in result.output
 
 
 def test_too_few_batches_are_a_user_error(finished_run: Path) -> None:
@@ -76,3 +84,23 @@ def test_too_few_batches_are_a_user_error(finished_run: Path) -> None:
 def test_an_unknown_teacher_is_a_user_error(finished_run: Path) -> None:
     result = CliRunner().invoke(main, ["--shards", str(finished_run), "--random", "vit_large_patch14_clip_225"])
     assert result.exit_code == 2 and "did you mean 'vit_large_patch14_clip_224'" in result.output
+
+
+def test_parts_too_small_for_fast_advprop_are_a_user_error(finished_run: Path) -> None:
+    options = ["--shards", str(finished_run), "--student", "test_resnet", "--set", "batch=20", "--set", "accumulate=4"]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 2 and "batch: 20 in 4 parts; " in result.output and "set it to 40 or more" in result.output
+
+
+def test_parts_of_a_batch_cost_and_train_as_the_whole(tiny_run: Path) -> None:
+    """Stored and live schemes: the losses of the parts add up to that of the batch."""
+    torch.manual_seed(0)
+    student, teacher = (create_student("test_vit", CLASSES, SIDE) for _ in range(2))
+    models = Models(teacher, online.no_discretizer, lambda _x, _y: None)
+    settings = load("demo", [f"shards={tiny_run}", "batch=12"])
+    batch = next(open_reader(settings, "dad").batches(0))
+    totals = totals_of(batch)
+    lines = {scheme.name: scheme for scheme in schemes(settings, student, student, models, torch.device("cpu"))}
+    for name in ("plain", "KD from shards", "DAD from shards", "KD, live teacher"):
+        whole = lines[name].loss(batch, totals).item()
+        assert sum(lines[name].loss(part, totals).item() for part in split_batch(batch, 3)) == pytest.approx(whole, rel=1e-5)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from manifests import UserError
+from trainer.checkpoint import StudentDir, describe
 from trainer.optimizer import create_optimizer
-from trainer.recipe import Optimizer
-from trainer.student import create_student
+from trainer.recipe import Optimizer, load
+from trainer.student import Student, create_student
 
 NAME = "test_vit"
 
@@ -91,3 +92,15 @@ def test_optimizers_of_the_paper_step(name: str) -> None:
     student(torch.rand(4, 3, 32, 32)).square().mean().backward()
     optimizer.step()
     assert not torch.equal(before, student.model.fc.weight)
+
+
+def test_a_student_is_loaded_with_the_normalisation_that_it_was_trained_with(tmp_path: Path) -> None:
+    """Weights of another tag (here MAE's numbers) may want another one than the model's default tag."""
+    fresh = create_student(NAME, 5, 64)
+    trained = Student(fresh.model, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+    assert not torch.equal(trained.mean, fresh.mean)
+    directory = StudentDir(tmp_path / "student")
+    directory.claim(describe(load("demo", [f"student={NAME}"]), trained, [f"class {n}" for n in range(5)], 64, "shards"))
+    directory.save_best(trained)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(directory.load_student()(images), trained(images))
