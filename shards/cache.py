@@ -106,9 +106,6 @@ def _download(source: Store, tar: TarRecord) -> bytes:
             data = source.read(tar.name)
         except FileNotFoundError as error:
             raise UserError(f"{where}: missing; restore it, or run `make shards` again") from error
-        except Exception as error:  # each fsspec back end has network errors of its own
-            why = f"cannot be read ({' '.join(str(error).split())[:120] or type(error).__name__})"
-            continue
         if len(data) != tar.size:
             why = f"{len(data)} bytes, the manifest says {tar.size} (truncated or replaced)"
         elif hashlib.sha256(data).hexdigest() != tar.sha256:

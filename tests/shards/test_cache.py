@@ -156,8 +156,9 @@ def test_a_connection_that_breaks_once(server: Server) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "cut"])
-def test_remote_damage_is_named(server: Server, cache_folder: Path, harm: str, workers: int) -> None:
+def test_remote_damage_is_named(server: Server, cache_folder: Path, harm: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tar that is not the manifest's never gets a name in the cache; reading stops with its URL, from any worker."""
+    monkeypatch.setattr("manifests.store.PAUSES", (0.05, None))
     name = "clean/clean-000002.tar"
     path = server.folder / name
     data = bytearray(path.read_bytes())
