@@ -20,7 +20,7 @@ import pydantic
 
 from .errors import Unwritable, UserError
 from .recipe import fingerprint
-from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_table
+from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_part, encode_table
 from .store import Store
 
 MANIFEST = "manifest.parquet"
@@ -89,6 +89,22 @@ class RunDir:
     def shards_with_parts(self) -> set[int]:
         """Numbers of the shards whose part file exists, in one listing; whether it is sound `damage` says."""
         return {int(match[1]) for name in self.store.names("manifest") if (match := PART_NAME.fullmatch(name))}
+
+    def commit(
+        self, shard: int, rows: Sequence[Mapping[str, Any]], tars: Mapping[str, tuple[bytes, int]], *, source: str, run: str
+    ) -> None:
+        """Write the tars of a shard and, last, its part file: the shard is done.
+
+        tars: of each stream ("clean", "dad") the bytes and the number of samples; source: name of the piece that the shard was made
+        from; run: fingerprint of the run.
+        """
+        records = []
+        for stream, (data, samples) in tars.items():
+            name = tar_name(stream, shard)
+            self.store.write(name, data)
+            records.append(TarRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=samples))
+        record = PartRecord(shard=shard, source=source, run=run, samples=len(rows), tars=tuple(records))
+        self.store.write(part_name(shard), encode_part(rows, record))
 
     def withdraw(self, shard: int) -> None:
         """Remove the part file of a damaged shard: it is not done."""

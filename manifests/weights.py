@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -53,6 +54,15 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     if tree and all(name.startswith("module.") for name in tree):  # saved from DistributedDataParallel
         tree = {name.removeprefix("module."): value for name, value in tree.items()}
     return tree
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor], header: bytes = b"") -> str:
+    """sha256 (hex) over ``header``, then the name and the bytes of every tensor in the order of their names."""
+    digest = hashlib.sha256(header)
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def files_fingerprint(paths: list[Path]) -> str:

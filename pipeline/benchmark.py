@@ -6,6 +6,7 @@ The bare model calls; the whole job; the device's matrix rate; the official algo
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -47,8 +48,7 @@ class First:
         return self.piece.name
 
     def samples(self, classes: ClassList) -> Iterator[SourceSample]:
-        for _, sample in zip(range(self.count), self.piece.samples(classes), strict=False):
-            yield sample
+        return itertools.islice(self.piece.samples(classes), self.count)
 
 
 @click.group(cls=ProjectGroup, invoke_without_command=True)
@@ -96,8 +96,7 @@ def made_up_piece(folder: Path, files: int, count: int) -> Piece:
 
 def _report(recipe: str, settings: Recipe, classes: ClassList, models: Models, piece: Piece, repeats: int, *, reference: bool) -> None:
     device = models.device
-    sources = [sample for _, sample in zip(range(settings.batch), piece.samples(classes), strict=False)]
-    pixels = torch.stack([sample.clean for sample in (prepare_sample(s, settings) for s in sources) if sample.clean is not None])
+    sources, pixels = _first_batch(piece, settings, classes)
     batch = TrialBatch.of(pixels, settings, models)
     parts = model_parts(batch, settings, models)
     flops = {part.name: part.times * count_flops(part.call) / len(batch) for part in parts}  # also warms up
@@ -143,6 +142,13 @@ def _report(recipe: str, settings: Recipe, classes: ClassList, models: Models, p
         click.echo(f"  {name:38s} {1000 * each:8.2f} ms an image, {each / best['whole']:4.0%} of the whole{speed}")
 
 
+def _first_batch(piece: Piece, settings: Recipe, classes: ClassList) -> tuple[list[SourceSample], torch.Tensor]:
+    """The first samples of a piece, and the canvas views of those that can be read: uint8 [B, 3, S, S]."""
+    sources = list(itertools.islice(piece.samples(classes), settings.batch))
+    prepared = [prepare_sample(sample, settings) for sample in sources]
+    return sources, torch.stack([sample.clean for sample in prepared if sample.clean is not None])
+
+
 def _report_agreement(settings: Recipe, classes: ClassList, models: Models, piece: Piece) -> None:
     """bf16 beside fp32 on the same images: codes of Q(x), and the verdict of the whole method."""
     found: list[dict[str, str]] = []
@@ -154,8 +160,7 @@ def _report_agreement(settings: Recipe, classes: ClassList, models: Models, piec
         if isinstance(rows, Exception):
             raise rows
         found.append({row["key"]: row["status"] for row in rows})
-        sources = [sample for _, sample in zip(range(settings.batch), piece.samples(classes), strict=False)]
-        pixels = torch.stack([sample.clean for sample in (prepare_sample(s, settings) for s in sources) if sample.clean is not None])
+        _, pixels = _first_batch(piece, settings, classes)
         with torch.no_grad():
             codes.append(one.discretizer(TrialBatch.of(pixels, settings, one).x)[1])
     same = sum(found[0][key] == found[1][key] for key in found[0]) / len(found[0])

@@ -8,7 +8,6 @@ order of the source, so a repeated shard repeats its bytes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +19,6 @@ import numpy as np
 
 from manifests import RunDir, UserError
 from manifests.devices import usable_cores
-from manifests.rows import PartRecord, TarRecord, encode_part
-from manifests.rundir import part_name, tar_name
 from shards import TarWriter
 from shards.codec import encode_array
 from shards.views import soft_label_members
@@ -210,17 +207,11 @@ def _soft_labels(logits: np.ndarray, sample: Prepared, recipe: Recipe) -> dict[s
 
 
 def _commit(shard: _Shard, out: RunDir, run: str) -> list[Row]:
-    """Write the tars and, last, the part file; read them back. Raises what the shard failed with."""
+    """Commit and read back. Raises what the shard failed with."""
     if shard.error is not None:
         raise shard.error
-    tars = []
-    for stream, tar in (("clean", shard.clean), ("dad", shard.dad)):
-        data = tar.close()
-        name = tar_name(stream, shard.number)
-        out.store.write(name, data)
-        tars.append(TarRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=tar.samples))
-    record = PartRecord(shard=shard.number, source=shard.piece.name, run=run, samples=len(shard.rows), tars=tuple(tars))
-    out.store.write(part_name(shard.number), encode_part(shard.rows, record))
+    tars = {stream: (tar.close(), tar.samples) for stream, tar in (("clean", shard.clean), ("dad", shard.dad))}
+    out.commit(shard.number, shard.rows, tars, source=shard.piece.name, run=run)
     if why := out.damage(shard.number, run):  # on another kind of processor, a second worker at it may have put bytes of its own there
         out.withdraw(shard.number)
         raise UserError(f"{why}; somebody else wrote to it at the same time")

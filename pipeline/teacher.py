@@ -5,7 +5,6 @@ A teacher owns its differentiable resize and its normalisation, so that attacks 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import nn
 from manifests import RunInfo, UserError, find_file, load_weights
 from manifests.archive import is_torchscript, read_tensors
 from manifests.recipe import make_recipe, nearest
-from manifests.weights import files_fingerprint
+from manifests.weights import files_fingerprint, tensors_sha256
 
 from .classes import ClassList, find_classes, load_templates
 from .recipe import Teacher as TeacherSettings
@@ -99,13 +98,9 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     The zero-shot head is left out: it is computed, so its last bits depend on the processor. What it is computed from is covered.
     """
-    digest = hashlib.sha256(json.dumps(getattr(model, "made_from", None), sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(model, Teacher) and name == "head":
-            continue
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    tensors = {name: value for name, value in model.state_dict().items() if not (isinstance(model, Teacher) and name == "head")}
+    made_from = json.dumps(getattr(model, "made_from", None), sort_keys=True)
+    return tensors_sha256(tensors, made_from.encode())[:16]
 
 
 def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: torch.device, *, with_head: bool) -> Teacher:
@@ -117,6 +112,7 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         model, tokenizer = _load_open_clip(settings)
         architecture, bpe = settings.model, None
     model.eval()
+    function = {"model": architecture, "quick_gelu": _has_quick_gelu(model), "tokenizer": bpe}
     if settings.weights == RANDOM:
         templates: Sequence[str] = ()
         head = F.normalize(
@@ -124,7 +120,6 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         )
     else:
         templates = _templates(settings, classes)
-        function = {"model": architecture, "quick_gelu": _has_quick_gelu(model), "tokenizer": bpe}
         head = cached_head(model.to(device), tokenizer, classes.names, templates, function) if with_head else torch.empty(0)
     size = model.visual.image_size
     preprocess = getattr(model.visual, "preprocess_cfg", {})
@@ -135,10 +130,8 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         std=preprocess.get("std", OPENAI_STD),
         head=head,
         scale=float(model.logit_scale.detach().exp()),
-        made_from={
-            "model": architecture, "quick_gelu": _has_quick_gelu(model), "classes": classes.names, "templates": templates, "tokenizer": bpe,
-        },
-    )  # fmt: skip
+        made_from={**function, "classes": classes.names, "templates": templates},
+    )
 
 
 def _has_quick_gelu(model: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from manifests import Store
 from manifests.progress import progress
 from manifests.recipe import fingerprint
+from manifests.weights import tensors_sha256
 
 WORTH_KEEPING = 5000  # prompts; fewer are embedded anew every time
 
@@ -60,9 +60,4 @@ def cache_folder() -> Path:
 
 
 def _text_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith("visual."):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256({name: value for name, value in model.state_dict().items() if not name.startswith("visual.")})

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from manifests import RunDir, RunInfo
-from manifests.rows import SCHEMA, PartRecord, TarRecord, encode_part, encode_table
-from manifests.rundir import MANIFEST, part_name, tar_name
+from manifests.rows import SCHEMA, encode_table
+from manifests.rundir import MANIFEST, tar_name
 
 from .codec import ImageFormat, decode_pixels, encode_array, encode_image, to_uint8
 from .plan import plan_epoch
@@ -129,14 +129,8 @@ def write_run(run: Path, flat: Path, images: int, shards: int) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg)
             size += len(jpeg)
-        records = []
-        for stream, tar in tars.items():
-            data = tar.close()
-            directory.store.write(tar_name(stream, shard), data)
-            digest = hashlib.sha256(data).hexdigest()
-            records.append(TarRecord(name=tar_name(stream, shard), size=len(data), sha256=digest, samples=tar.samples))
-        record = PartRecord(shard=shard, source="benchmark", run=info.fingerprint, samples=len(rows), tars=tuple(records))
-        directory.store.write(part_name(shard), encode_part(rows, record))
+        finished = {stream: (tar.close(), tar.samples) for stream, tar in tars.items()}
+        directory.commit(shard, rows, finished, source="benchmark", run=info.fingerprint)
     directory.seal(info, range(shards))
     return size
 

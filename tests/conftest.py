@@ -420,8 +420,6 @@ def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: 
     ``edit`` may change the members of each sample before they are written: what it makes is recorded with correct checksums.
     """
     from manifests import RunDir, RunInfo
-    from manifests.rows import PartRecord, TarRecord, encode_part
-    from manifests.rundir import part_name, tar_name
     from shards import ImageFormat, TarWriter, encode_image
     from shards.codec import encode_array
 
@@ -446,13 +444,7 @@ def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: 
                 extent = writers[stream].add(key, edit(stream, key, members) if edit else members)
                 row |= {f"{stream}_offset": extent.offset, f"{stream}_size": extent.size, f"{stream}_crc32": extent.crc32}
             rows.append(row)
-        tars = []
-        for stream, writer in writers.items():
-            data = writer.close()
-            run.store.write(tar_name(stream, shard), data)
-            digest = hashlib.sha256(data).hexdigest()
-            tars.append(TarRecord(name=tar_name(stream, shard), size=len(data), sha256=digest, samples=writer.samples))
-        record = PartRecord(shard=shard, source=f"piece {shard}", run=info.fingerprint, samples=len(rows), tars=tuple(tars))
-        run.store.write(part_name(shard), encode_part(rows, record))
+        tars = {stream: (writer.close(), writer.samples) for stream, writer in writers.items()}
+        run.commit(shard, rows, tars, source=f"piece {shard}", run=info.fingerprint)
     run.seal(info, range(len(sizes)))
     return Path(out)

@@ -16,11 +16,10 @@ from shards.tar import clean_key
 
 from ..classes import ClassList
 from .place import file_name, open_file
-from .sample import Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
+from .sample import EXACT, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 IMAGES = ("image", "img", "jpg", "png")
 LABELS = ("label", "labels", "cls", "fine_label")
-EXACT = 50_000  # rows; of a larger source only the first file's names are compared
 ROWS = 32  # read at once
 
 

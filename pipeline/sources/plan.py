@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from ..classes import ClassList
 from .folder import plan_folder
 from .parquet import plan_parquet
 from .place import common_extension, expand, file_name, list_files
-from .sample import KeyRule, Piece
+from .sample import KeyRule, Piece, SourceSample
 from .tars import plan_tars
 
 EXPECTED = "expected WebDataset tars (*.tar), Parquet files (*.parquet), or one sub-folder of images per class"
@@ -27,10 +28,10 @@ class SourcePlan:
     exact: bool  # False: counts are estimated from the sizes of the tars
     fingerprint: str  # of the source's names, and labels or sizes
 
-    def first_samples(self, classes: ClassList, count: int):  # type: ignore[no-untyped-def]
+    def first_samples(self, classes: ClassList, count: int) -> list[SourceSample]:
         """The first ``count`` samples, over as many pieces as it takes."""
-        samples = (sample for piece in self.pieces for sample in piece.samples(classes))
-        return [sample for _, sample in zip(range(count), samples, strict=False)]
+        samples = itertools.chain.from_iterable(piece.samples(classes) for piece in self.pieces)
+        return list(itertools.islice(samples, count))
 
 
 def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = "name") -> SourcePlan:

@@ -14,6 +14,8 @@ from shards.tar import clean_key
 
 from ..classes import ClassList
 
+EXACT = 50_000  # samples; in a source that seems larger not every one's name is looked at while it is planned
+
 KeyRule = Literal["name", "place"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 from manifests import RunDir, RunInfo
-from manifests.rows import PartRecord, TarRecord, encode_part
-from manifests.rundir import part_name, tar_name
 from shards import ImageFormat, TarWriter, encode_image
 from shards.codec import encode_array
 
@@ -51,14 +48,8 @@ def write_run(out: Path, classes: int = CLASSES) -> Path:
                 extent = tar.add(key, members | {"logits.npy": encode_array(logits)})
                 row |= {f"{stream}_offset": extent.offset, f"{stream}_size": extent.size, f"{stream}_crc32": extent.crc32}
             rows.append(row)
-        records = []
-        for stream, tar in tars.items():
-            data = tar.close()
-            run.store.write(tar_name(stream, shard), data)
-            digest = hashlib.sha256(data).hexdigest()
-            records.append(TarRecord(name=tar_name(stream, shard), size=len(data), sha256=digest, samples=tar.samples))
-        record = PartRecord(shard=shard, source=f"s{shard}", run=info.fingerprint, samples=len(rows), tars=tuple(records))
-        run.store.write(part_name(shard), encode_part(rows, record))
+        finished = {stream: (tar.close(), tar.samples) for stream, tar in tars.items()}
+        run.commit(shard, rows, finished, source=f"s{shard}", run=info.fingerprint)
     run.seal(info, range(SHARDS))
     return out
 
