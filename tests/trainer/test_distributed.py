@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 import os
 import signal
 import socket
@@ -15,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from manifests import UserError
 from trainer.checkpoint import LAST, METRICS, StudentDir
-from trainer.distributed import find_place, first_host, own_gpu
 from trainer.evaluate import score_set
+from trainer.loop import open_reader
+from trainer.recipe import load
 
 from .conftest import CLASSES, SIDE, write_image_set, write_run
 
@@ -44,9 +46,7 @@ def ranks(alone: dict[str, str]) -> Iterator[Ranks]:
     processes: list[subprocess.Popen[str]] = []
 
     def launch(world: int, *arguments: str) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(world):
             environment = alone | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
@@ -60,6 +60,13 @@ def ranks(alone: dict[str, str]) -> Iterator[Ranks]:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def told(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
@@ -102,27 +109,70 @@ def test_two_ranks_learn_what_one_does(tiny_run: Path, tmp_path: Path, ranks: Ra
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_sample_once_over_ranks(tmp_path: Path, ranks: Ranks, world: int) -> None:
+    """51 samples in three shards, which no number of ranks divides: equal steps, and together the batches that one process would read."""
+    run = write_run(tmp_path / "run")
+    overrides = [f"shards={run}", "batch=7", "workers=1"]
+    program = f"""
+import json
+from trainer import distributed
+from trainer.loop import open_reader
+from trainer.recipe import load
+with distributed.joined():
+    distributed.start("cpu")
+    reader = open_reader(load("demo", {overrides}), "dad")
+    mine = [{{name: half.keys for name, half in batch.items()}} for batch in reader.batches(1, workers=1)]
+    read = distributed.gather(mine)
+    if distributed.is_first():
+        print(json.dumps(read))
+"""
+    job = ranks(world, "-c", program)
+    read = json.loads(job[0].communicate(timeout=120)[0])
+    assert told(job[1:]) == ([0] * (world - 1), [])
+    alone = list(open_reader(load("demo", overrides), "dad").batches(1))
+    assert [len(steps) for steps in read] == [len(alone)] * world == [7] * world
+    for stream in ("clean", "dad"):
+        keys = [[key for mine in read for key in mine[step][stream]] for step in range(len(alone))]
+        assert keys == [batch[stream].keys for batch in alone]
+        every = [key for batch in keys for key in batch]
+        assert len(every) == len(set(every)) == {"clean": 49, "dad": 33}[stream]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machines", "options"),
+    [
+        (1, ["--standalone", "--nproc-per-node=3"]),
+        # Of two machines, the one whose rank is killed counts a failed start; the other sees it come back, and counts none.
+        (2, ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=job"]),
+    ],
+)
 def test_a_killed_rank_under_torchrun_restarts_to_the_same_weights(
-    tiny_run: Path, tmp_path: Path, ranks: Ranks, alone: dict[str, str]
+    tiny_run: Path, tmp_path: Path, ranks: Ranks, alone: dict[str, str], machines: int, options: list[str]
 ) -> None:
-    """Three ranks, one killed in mid-training: torchrun starts all anew, they go on from the checkpoint and end in the same bits."""
-    settings = ["epochs=15", "checkpoint_minutes=0"]
-    assert told(ranks(3, *command(tiny_run, tmp_path / "whole", *settings))) == ([0, 0, 0], [])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1"]
-    job = subprocess.Popen(
-        [*torchrun, *command(tiny_run, tmp_path / "killed", *settings)], cwd=PROJECT, env=alone, text=True, stderr=subprocess.PIPE
-    )
-    try:
+    """The last rank is killed in mid-training: torchrun starts all anew, they go on from the checkpoint and end in the same bits."""
+    settings, world = ["epochs=15", "checkpoint_minutes=0"], max(machines, 3 if machines == 1 else 2)
+    assert told(ranks(world, *command(tiny_run, tmp_path / "whole", *settings))) == ([0] * world, [])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, "--max-restarts=1"]
+    if machines > 1:
+        torchrun.append(f"--rdzv-endpoint=127.0.0.1:{free_port()}")
+    with contextlib.ExitStack() as stack:
+        jobs = []
+        for _ in range(machines):
+            job = subprocess.Popen(
+                [*torchrun, *command(tiny_run, tmp_path / "killed", *settings)], cwd=PROJECT, env=alone, text=True, stderr=subprocess.PIPE
+            )
+            stack.callback(job.kill)
+            jobs.append(job)
         last = tmp_path / "killed" / LAST
         wait_for(last.exists)
         first = last.stat().st_mtime_ns
         wait_for(lambda: last.stat().st_mtime_ns != first)
-        os.kill(child_of_rank(job.pid, 2), signal.SIGKILL)
-        said = job.communicate(timeout=120)[1]
-    finally:
-        job.kill()
-    assert job.returncode == 0, said
-    assert said.count("error: rank 2 has ended without a word") == 1
+        os.kill(child_of_rank([job.pid for job in jobs], world - 1), signal.SIGKILL)
+        said = "".join(job.communicate(timeout=120)[1] for job in jobs)
+    assert [job.returncode for job in jobs] == [0] * machines, said
+    assert said.count(f"error: rank {world - 1} has ended without a word") == 1
     states = [StudentDir(tmp_path / name).load_last() for name in ("whole", "killed")]
     assert states[0] is not None and states[1] is not None
     for part in ("student", "average"):
@@ -130,15 +180,15 @@ def test_a_killed_rank_under_torchrun_restarts_to_the_same_weights(
         assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def child_of_rank(parent: int, rank: int) -> int:
+def child_of_rank(parents: list[int], rank: int) -> int:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            ours = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent
+            ours = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) in parents
             if ours and f"\0RANK={rank}\0".encode() in b"\0" + (entry / "environ").read_bytes():
                 return int(entry.name)
         except (FileNotFoundError, ProcessLookupError):
             continue
-    raise AssertionError(f"no rank {rank} below process {parent}")
+    raise AssertionError(f"no rank {rank} below the processes {parents}")
 
 
 @pytest.mark.slow
@@ -191,33 +241,3 @@ with distributed.joined():
     said = [process.communicate(timeout=60)[1] for process in ranks(2, "-c", program)]
     lines = [line for text in said for line in text.splitlines() if "UserError: " in line]
     assert len(lines) == 1 and "a call between the ranks failed, and none is missing (" in lines[0] and "never" in lines[0], said
-
-
-def test_places() -> None:
-    """torchrun's and srun's environments; alone in all others."""
-    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    place = find_place(dict(torchrun))
-    assert place is not None and (place.rank, place.world, place.local_rank) == (3, 8, 1)
-    srun = {
-        "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "77",
-    }  # fmt: skip
-    place = find_place(srun)
-    assert place is not None and (place.rank, place.world, place.local_rank) == (5, 16, 5)
-    assert srun["MASTER_ADDR"] == "gpu03" and int(srun["MASTER_PORT"]) == 20_077
-    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "77"}
-    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, batch_script, srun | {"SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": "1"}):
-        assert find_place(environment) is None
-    with pytest.raises(UserError, match="MASTER_ADDR"):
-        find_place({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
-
-
-@pytest.mark.parametrize("nodes", ["gpu007", "gpu007,cpu1", "gpu[007-012,20],cpu1", "gpu[007,9]"])
-def test_first_host(nodes: str) -> None:
-    assert first_host(nodes) == "gpu007"
-
-
-def test_one_process_per_gpu() -> None:
-    assert [own_gpu(local, 4) for local in range(4)] == [0, 1, 2, 3]
-    assert own_gpu(3, 1) == 0  # srun --gpus-per-task=1 shows each process its own GPU as the only one
-    with pytest.raises(UserError, match="there are 2"):
-        own_gpu(2, 2)

@@ -1,0 +1,43 @@
+"""Ranks meet in a store that an earlier start of the job may have left full of words."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from manifests import UserError
+from trainer import watch
+from trainer.place import Place
+from trainer.watch import meet
+
+
+def connect(server: TCPStore) -> TCPStore:
+    return TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+
+
+def start(server: TCPStore, world: int) -> list[str]:
+    """What each rank of a job takes for the name of its start."""
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: meet(connect(server), Place(rank, world, rank)), range(world)))
+
+
+def test_all_ranks_of_a_start_meet_and_no_others() -> None:
+    """Started again with more, then with fewer ranks, beside a store's memory of all starts before."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = [start(server, world) for world in (3, 5, 2)]
+    assert [len(set(each)) for each in names] == [1, 1, 1]
+    assert len({each[0] for each in names}) == 3
+
+
+@pytest.mark.parametrize(("here", "missing"), [(0, "rank 2 has"), (1, "rank 0 has")])
+def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, here: int, missing: str) -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(watch, "COMING", 0.5)
+    server.set("call/2", "of an earlier start")
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(meet, connect(server), Place(1, 3, 1)) if here == 0 else None
+        with pytest.raises(UserError, match=f"of 3 ranks, {missing} not come"):
+            meet(connect(server), Place(here, 3, here))
+        assert other is None or other.result()

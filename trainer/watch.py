@@ -1,0 +1,172 @@
+"""Signs of life of all ranks of a job: a rank that dies is named in seconds, and an error of one is told once.
+
+A collective by itself would wait for a dead rank until its timeout, and every rank would report an error of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from manifests import UserError
+from manifests.command import USER_ERROR
+
+from .place import Place
+
+BEAT = 1.0  # seconds between signs of life
+SILENCE = 10.0  # seconds without one, after which a rank is taken for dead
+ROLL_CALL = 3.0  # seconds in which the living answer after a connection broke
+COMING = 600.0  # seconds in which all ranks must have come
+GO_ON = "the others have stopped too; the same command goes on from the last checkpoint"
+
+
+class Watch:
+    """Signs of life of all ranks, and word of the first error, in a store that a thread of each looks at every second."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        try:
+            store, _, _ = next(rendezvous("env://"))
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(f"rank {place.rank}: not all {place.world} ranks have come ({' '.join(str(error).split())[:120]})") from error
+        # A connection of its own: a call of the group that waits would hold up the other one.
+        own = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        start = meet(own, place)
+        self.group_store, self._store = PrefixStore(f"group/{start}", store), PrefixStore(f"watch/{start}", own)
+        self._lock = threading.Lock()
+        self._over = threading.Event()  # this rank is leaving
+        self._heard = False  # that another rank has reported an error
+        self._store.set(f"beat/{place.rank}", "0")  # of a rank that dies before the thread's first one, silence is noticed too
+        threading.Thread(target=self._keep_watch, daemon=True).start()
+
+    def leave(self) -> None:
+        """Leave in good order. Rank 0, which may hold the store, goes last."""
+        self._over.set()
+        with self._lock:
+            self._store.set(f"left/{self.place.rank}", "")
+            if self.place.rank == 0:
+                self._store.wait([f"left/{other}" for other in range(self.place.world)], timedelta(seconds=60))
+
+    def speaks_first(self, message: str) -> bool:
+        """Whether this rank is the first to meet an error, and so the one to report it; the others end without a word."""
+        self._over.set()
+        hanging = threading.Timer(SILENCE, os._exit, [USER_ERROR])  # a process group may not let the interpreter end
+        hanging.daemon = True
+        hanging.start()
+        if self._heard:
+            return False
+        try:
+            with self._lock:
+                first: bool = self._store.add("errors", 1) == 1
+                if first:
+                    self._store.set("ended", message)
+        except RuntimeError:  # rank 0 held the store, and is gone
+            return self.place.rank == 1
+        if self.place.rank == 0:
+            time.sleep(2 * BEAT)  # the store goes with this process; let the others hear first
+        return first
+
+    def roll_call(self) -> list[int]:
+        """Ranks that do not answer any more, after a connection broke or an interrupt came."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once; there are seconds left to say why
+        missing = list(range(self.place.world))
+        started = time.monotonic()
+        try:
+            with self._lock:
+                self._store.set(f"here/{self.place.rank}", "")
+            while missing and time.monotonic() - started < ROLL_CALL:
+                time.sleep(0.1)
+                with self._lock:
+                    missing = [other for other in missing if not self._store.check([f"here/{other}"])]
+        except RuntimeError:
+            return [0]
+        return missing
+
+    def _keep_watch(self) -> None:
+        """The thread: show life, listen for an error; on rank 0 also look for ranks that fell silent."""
+        beats: dict[int, tuple[bytes, float]] = {}
+        count = 0
+        while not self._over.wait(BEAT):
+            count += 1
+            try:
+                with self._lock:
+                    self._store.set(f"beat/{self.place.rank}", str(count))
+                    self._heard = self._store.check(["ended"])
+                    silent = self._silent(beats) if self.place.rank == 0 else []
+            except RuntimeError:  # the store is gone, and rank 0 with it; the main thread may have met that already
+                if not self._over.wait(ROLL_CALL):
+                    _end(obituary([0]) if self.place.rank == 1 else None)
+                return
+            if self._heard:
+                if not self._over.wait(BEAT / 2):  # the main thread hangs in a collective
+                    _end(None)
+                return
+            if silent:
+                message = obituary(silent)
+                _end(message if self.speaks_first(message) else None)
+
+    def _silent(self, beats: dict[int, tuple[bytes, float]]) -> list[int]:
+        """Ranks that have shown no life for long. ``beats``: the last sign of each, and when it was new."""
+        now = time.monotonic()
+        for other in range(self.place.world):
+            key = f"beat/{other}"
+            value = self._store.get(key) if self._store.check([key]) else b""
+            if other not in beats or beats[other][0] != value or self._store.check([f"left/{other}"]):
+                beats[other] = (value, now)
+        return [other for other, (value, since) in beats.items() if value and now - since > SILENCE]
+
+
+def meet(store: Store, place: Place) -> str:
+    """Wait for all ranks, and return a name for this start of the job: the same on all ranks, and of no other start.
+
+    torchrun's store outlives a restart, with all that the ranks before have left in it, and restarts are counted by each machine for
+    itself. So each rank calls with a word of its own; rank 0 answers it with the word and the name, and is told that it was heard.
+    Raises UserError when a rank does not come.
+    """
+    word = uuid.uuid4().hex
+    deadline = time.monotonic() + COMING
+    if place.rank != 0:
+        store.set(f"call/{place.rank}", word)
+        answer = f"answer/{word}"
+        while not store.check([answer]):
+            _pause(deadline, [0], place.world)
+        name: str = store.get(answer).decode()
+        store.set(f"heard/{name}/{place.rank}", "")
+        return name
+    missing = list(range(1, place.world))
+    while missing := [other for other in missing if not store.check([f"heard/{word}/{other}"])]:
+        for other in missing:
+            if store.check([f"call/{other}"]):  # perhaps one of an earlier start, whom nobody hears
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", word)
+        _pause(deadline, missing, place.world)
+    return word
+
+
+def _pause(deadline: float, missing: list[int], world: int) -> None:
+    if time.monotonic() > deadline:
+        raise UserError(f"of {world} ranks, {_name(missing)} not come in {COMING / 60:.0f} minutes; look at the log of that machine")
+    time.sleep(0.05)
+
+
+def obituary(missing: list[int]) -> str:
+    return f"{_name(missing)} ended without a word (killed, out of memory, or the machine is gone); {GO_ON}"
+
+
+def _name(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
+
+
+def _end(message: str | None) -> NoReturn:
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(USER_ERROR)
