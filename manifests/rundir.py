@@ -191,8 +191,8 @@ class RunDir:
                 self.store.remove(name)
         return table, tars
 
-    def manifest(self) -> tuple[pa.Table, list[TarRecord]]:
-        """The sealed manifest: all rows and the record of every tar. Raises UserError when the run is not sealed."""
+    def manifest(self, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, list[TarRecord]]:
+        """The sealed manifest: all rows, with some or all columns, and the record of every tar. Raises UserError when the run is not sealed."""
         info = self.info()
         if info.counts is None or not self.store.exists(MANIFEST):
             raise UserError(f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing")
@@ -202,7 +202,7 @@ class RunDir:
                 f"{self.store.where(MANIFEST)}: is not the one that was sealed (edited or damaged); "
                 "run `make shards` again to rebuild it from its parts"
             )
-        table, meta = decode_table(data, self.store.where(MANIFEST))
+        table, meta = decode_table(data, self.store.where(MANIFEST), columns)
         if meta.get("run") != info.fingerprint:
             raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})")
         if table.num_rows != info.samples:

@@ -115,7 +115,7 @@ class Store:
             digest.update(self.read_range(name, offset, _CHUNK))
         return digest.hexdigest()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Write a file atomically, replacing any of that name.
 
         Raises Unwritable when the disk is full or the place is not writable; what was there before is then untouched.
@@ -240,7 +240,7 @@ def _open(url: str, _pid: int) -> tuple[Any, str]:
     return fs, root
 
 
-def _write_local(path: Path, data: bytes, place: Callable[[Path, Path], bool | None]) -> bool:
+def _write_local(path: Path, data: bytes | memoryview, place: Callable[[Path, Path], bool | None]) -> bool:
     """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and what is there stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}-{threading.get_ident()}.tmp"

@@ -86,7 +86,7 @@ def write_mapped(store: Store, name: str, table: pa.Table) -> None:
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     try:
-        store.write(name, sink.getvalue().to_pybytes())
+        store.write(name, memoryview(sink.getvalue()))
     except UserError as error:
         raise UserError(f"{error} (environment variable DAD_CACHE)") from error
     for other in Path(store.root).glob("*.arrow"):
@@ -96,10 +96,11 @@ def write_mapped(store: Store, name: str, table: pa.Table) -> None:
 
 
 def _index_table(run: RunDir, stream: str) -> pa.Table:
-    table, tars = run.manifest()
-    table = table.filter(pc.is_valid(table.column(f"{stream}_offset")))
     columns = {"key": "key", "shard": "shard", "label": "label"} | {name: f"{stream}_{name}" for name in ("offset", "size", "crc32")}
-    table = table.select(list(columns.values())).rename_columns(list(columns))
+    table, tars = run.manifest(list(columns.values()))
+    table = table.rename_columns(list(columns))
+    if table.column("offset").null_count:
+        table = table.filter(pc.is_valid(table.column("offset")))
     if empty := [name for name in columns if table.column(name).null_count]:
         raise UserError(f"{run.store.where(MANIFEST)}: {stream} samples without {empty[0]}; make the run anew")
     described = [asdict(tar) for tar in tars if tar.name.startswith(f"{stream}/")]
