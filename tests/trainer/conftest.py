@@ -15,7 +15,7 @@ from shards.codec import encode_array
 CLASSES, SIDE, SHARDS, PER_SHARD = 5, 32, 3, 17
 
 
-def write_run(out: Path, classes: int = CLASSES) -> Path:
+def write_run(out: Path, classes: int = CLASSES, *, clean_images: bool = True) -> Path:
     """Classes are colours, so that a few steps of training show; two of three samples have a DAD image."""
     generator = torch.Generator().manual_seed(0)
     colours = torch.randint(0, 255, (classes, 3, 1, 1), generator=generator)
@@ -44,8 +44,8 @@ def write_run(out: Path, classes: int = CLASSES) -> Path:
                 image = (colours[label] + noise).clamp(0, 255).to(torch.uint8)
                 logits = np.full(classes, -2, np.float16)
                 logits[label] = 4
-                members = {"png": encode_image(image, ImageFormat(format="png")), "cls": str(label).encode()}
-                extent = tar.add(key, members | {"logits.npy": encode_array(logits)})
+                members = {"png": encode_image(image, ImageFormat(format="png"))} if clean_images or stream == "dad" else {}
+                extent = tar.add(key, members | {"cls": str(label).encode(), "logits.npy": encode_array(logits)})
                 row |= {f"{stream}_offset": extent.offset, f"{stream}_size": extent.size, f"{stream}_crc32": extent.crc32}
             rows.append(row)
         finished = {stream: (tar.close(), tar.samples) for stream, tar in tars.items()}

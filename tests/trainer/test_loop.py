@@ -77,6 +77,16 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
         torch.testing.assert_close(mine, theirs - 0.1 * theirs.grad)
 
 
+def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> None:
+    """A run of labels only, with the images in tars of the user's own: to the bit the student of the run that holds them."""
+    labels_only = write_run(tmp_path / "labels", clean_images=False)
+    with pytest.raises(UserError, match="hold labels only, without images; name the folder of your own image tars"):
+        train(recipe(labels_only, "epochs=1"), str(tmp_path / "refused"))
+    train(recipe(labels_only, "epochs=1", f"images={tiny_run / 'clean'}", "workers=1"), str(tmp_path / "joined"))
+    train(recipe(tiny_run, "epochs=1"), str(tmp_path / "stored"))
+    assert_equal_runs(tmp_path / "joined", tmp_path / "stored")
+
+
 def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
     run = train(recipe(tiny_run, "epochs=12", "optimizer.lr=0.003"), str(tmp_path / "student"))
     rows = (tmp_path / "student" / "metrics.csv").read_text().splitlines()
