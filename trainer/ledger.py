@@ -19,11 +19,12 @@ from shards.codec import to_float
 
 from . import online
 from .augmentation import Augment
-from .loop import open_reader, timed
+from .loop import timed
 from .memory import memory_errors
 from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer
 from .recipe import Recipe
+from .run import open_reader
 from .step import batch_loss, split_batch
 from .student import create_student
 

@@ -19,8 +19,8 @@ import torch
 
 from trainer.checkpoint import LAST, METRICS, StudentDir
 from trainer.evaluate import score_set
-from trainer.loop import open_reader
 from trainer.recipe import load
+from trainer.run import open_reader
 
 from .conftest import CLASSES, SIDE, write_image_set, write_run
 
@@ -117,7 +117,7 @@ def test_every_sample_once_over_ranks(tmp_path: Path, ranks: Ranks, world: int) 
     program = f"""
 import json
 from trainer import distributed
-from trainer.loop import open_reader
+from trainer.run import open_reader
 from trainer.recipe import load
 with distributed.joined():
     distributed.start("cpu")

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from trainer import online
 from trainer.cost import main
 from trainer.ledger import PAPER, Models, Timing, clock, schemes, table, totals_of
-from trainer.loop import open_reader
 from trainer.recipe import load
+from trainer.run import open_reader
 from trainer.step import split_batch
 from trainer.student import create_student
 

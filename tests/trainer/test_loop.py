@@ -20,10 +20,11 @@ from manifests import UserError
 from manifests.progress import progress
 from shards import Batch, TrainingReader
 from trainer.checkpoint import BEST, LAST, StudentDir
-from trainer.loop import end_epoch, prepare, train, train_epoch
+from trainer.loop import end_epoch, train, train_epoch
 from trainer.metrics import Log, Meter
 from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
+from trainer.run import prepare
 from trainer.step import Losses, train_step
 from trainer.student import create_student
 

@@ -1,0 +1,176 @@
+"""What one run of training works with: prepared from its recipe, saved, and found again where it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.layers
+import timm.utils
+import torch
+from torch import nn
+
+from manifests import UserError
+from manifests.devices import use_bf16
+from shards import TrainingReader
+
+from . import distributed
+from .checkpoint import LAST, Progress, StudentDir, describe
+from .evaluate import check_set
+from .objectives import STREAMS, Objective
+from .optimizer import create_optimizer
+from .recipe import Recipe
+from .step import Forward
+from .student import Student, create_student
+
+
+@dataclass
+class Training:
+    """What one run of training works with, and where it is."""
+
+    recipe: Recipe
+    directory: StudentDir
+    reader: TrainingReader
+    side: int  # of the student's input, in pixels
+    device: torch.device
+    bf16: bool
+    student: Student  # holds the weights
+    forward: Forward  # what is called: the student, compiled if so wished
+    average: Any  # timm's ModelEmaV3 of the student, or None
+    optimizer: torch.optim.Optimizer
+    at: Progress
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self.recipe.epochs * self.reader.steps
+
+    @property
+    def now(self) -> int:
+        """Steps done."""
+        return self.at.epoch * self.reader.steps + self.at.step
+
+    @property
+    def result(self) -> Student:
+        """The student as it is evaluated and exported: averaged, if the recipe averages."""
+        student: Student = self.student if self.average is None else self.average.module
+        return student
+
+
+def prepare(recipe: Recipe, out: str) -> Training:
+    """Load everything, check it, and go to where the last checkpoint was."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device = distributed.start(recipe.device)
+    if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
+        raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
+    reader = open_reader(recipe, recipe.loss.objective)
+    _check(recipe, reader)
+    torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
+    info = next(iter(reader.datasets.values())).info
+    side = recipe.input or int(info.recipe["canvas"])
+    torch.manual_seed(recipe.seed)
+    student = create_student(
+        recipe.student,
+        len(reader.classes),
+        side,
+        pretrained=recipe.pretrained,
+        drop_path=recipe.drop_path,
+        dropout=recipe.dropout,
+    )
+    if recipe.sync_bn:
+        student = timm.layers.convert_sync_batchnorm(student)
+    student = student.to(device).to(memory_format=torch.channels_last)
+    optimizer = create_optimizer(student.model, recipe.optimizer)
+    if recipe.validation is not None:
+        check_set(Path(recipe.validation), reader.classes)
+    directory = StudentDir(out)
+    if distributed.is_first():
+        directory.claim(describe(recipe, student, reader.classes, side, info.fingerprint))
+    distributed.agree(True)  # nobody reads a checkpoint before it is known to be of this run
+    if recipe.check_shards:
+        reader.check()
+    forward = distributed.replicate(student, device)
+    run = Training(
+        recipe=recipe,
+        directory=directory,
+        reader=reader,
+        side=side,
+        device=device,
+        bf16=use_bf16(recipe.precision, device),
+        student=student,
+        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches come in two or three sizes
+        average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
+        optimizer=optimizer,
+        at=Progress(),
+    )
+    resume(run)
+    if len(set(distributed.gather((run.at.epoch, run.at.step)))) > 1:
+        raise UserError(f"{out}: the processes find different checkpoints here; --out must be on a disk that all machines share")
+    return run
+
+
+def open_reader(recipe: Recipe, objective: Objective) -> TrainingReader:
+    """The streams that an objective learns from, read as the recipe says."""
+    return TrainingReader(
+        recipe.shards,
+        batch_size=recipe.batch,
+        streams=STREAMS[objective],
+        seed=recipe.seed,
+        window=recipe.window,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        images=recipe.images,
+        temperature=recipe.loss.temperature,
+        cache_gb=recipe.cache_gb,
+    )
+
+
+def check_weights(run: Training) -> None:
+    """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
+    if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
+        raise UserError(f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again")
+
+
+def save(run: Training) -> None:
+    """Write the checkpoint: everything that going on to the bit needs. Of several processes the first one writes."""
+    if not distributed.is_first():
+        return
+    state = {"student": run.student.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": vars(run.at).copy()}
+    if run.average is not None:
+        state["average"] = run.average.module.state_dict()
+    run.directory.save_last(state)
+
+
+def resume(run: Training) -> None:
+    """Go to where the last checkpoint was, if there is one. Raises UserError when it is of another student."""
+    state = run.directory.load_last()
+    if state is None:
+        return
+    try:
+        run.student.load_state_dict(state["student"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.average is not None:
+            run.average.module.load_state_dict(state["average"])
+        run.at = Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{run.directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again") from error
+
+
+def images_a_step(reader: TrainingReader) -> str:
+    """For people: "64 clean + 37.9 dad"."""
+    return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())
+
+
+def _check(recipe: Recipe, reader: TrainingReader) -> None:
+    """Raises UserError for a recipe that does not go with its shards."""
+    if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
+        raise UserError(
+            f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
+            "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
+        )
+    if recipe.accumulate > min(reader.samples.values()) // reader.steps // distributed.world():
+        raise UserError(
+            f"accumulate: {recipe.accumulate} parts of a batch of {images_a_step(reader)}; some would be empty: lower it, or raise batch"
+        )
