@@ -25,7 +25,7 @@ RENDITIONS := data/renditions
 .PHONY: help renditions shards status verify train compare eval export demo-table bench-generate bench-read bench-cost test chaos lint clean
 
 help: ## print this list
-	@echo "targets (variables: RECIPE DATA OUT STUDENT SHARDS OBJECTIVE SEED ARGS):"
+	@echo "targets (variables: RECIPE DATA OUT LAUNCHER WORKERS STUDENT SHARDS OBJECTIVE SEED RUN_DIR EXPORT N ARGS):"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # .venv is whole when this file is there; setup.cfg decides what goes in.
@@ -52,10 +52,11 @@ verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of
 	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
 
 # The demo's students learn from the demo's shards and are validated on its images: make those first.
+DEMO := $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo,$(SHARDS) $(OUT)),,$(RENDITIONS)/sketch-unseen/done data/demo/manifest.parquet)
 data/demo/manifest.parquet:
 	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
 
-train: $(VENV)/ready $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo,$(SHARDS) $(OUT)),,$(RENDITIONS)/sketch-unseen/done data/demo/manifest.parquet) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
+train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
 	@$(RUN) -m trainer train --recipe $(RECIPE) $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval
@@ -65,7 +66,7 @@ compare: ## train plain, KD and DAD students with one seed, then eval
 eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in runs/ on every image set, as a table and a picture
 	@$(RUN) -m trainer eval runs --data $(if $(DATA),$(DATA),$(RENDITIONS)) $(ARGS)
 
-demo-table: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## 3 seeds of plain, KD and DAD (about an hour on two cores)
+demo-table: $(VENV)/ready $(DEMO) ## 3 seeds of plain, KD and DAD (about an hour on two cores)
 	@$(RUN) -m trainer demo-table --recipe $(RECIPE) $(LEARN) $(ARGS)
 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
@@ -74,7 +75,7 @@ bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ##
 bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
 
-bench-cost: $(VENV)/ready ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
+bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
 	@$(RUN) -m trainer.cost --recipe $(RECIPE) $(LEARN) $(ARGS)
 
 export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from manifests import Store, UserError
+from manifests import RunInfo, Store, UserError
 
 from .cache import TarCache
 from .dataset import ShardDataset, StreamName
@@ -95,6 +95,11 @@ class TrainingReader:
             )
 
     @property
+    def info(self) -> RunInfo:
+        """Of the run directory."""
+        return next(iter(self.datasets.values())).info
+
+    @property
     def views(self) -> int:
         """Views of an image that have soft labels of their own. 1: the whole image, as stored."""
         for dataset in self.datasets.values():
@@ -157,7 +162,7 @@ class TrainingReader:
 
     def read_ahead(self, workers: int) -> int:
         """Batches that the loader keeps ready: four a worker, or fewer where these would fill the memory; at least one a worker."""
-        side = int(next(iter(self.datasets.values())).info.recipe["canvas"])
+        side = int(self.info.recipe["canvas"])
         batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
 

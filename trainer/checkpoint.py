@@ -34,6 +34,7 @@ class Progress:
     validated: float = 0.0  # seconds of validation, on top of them
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch
     rows: list[dict[str, float]] = field(default_factory=list)  # metrics.csv
+    manifest: str | None = None  # sha256 of the one that ``step`` counts in
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def find_runs(paths: Sequence[str]) -> list[StudentDir]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; train a student first with `make train`")
-        inside = [path] if (path / RUN).exists() else sorted(p.parent for p in path.glob(f"*/{RUN}"))
+        inside = [path] if (path / RUN).exists() else sorted(p.parent for p in path.rglob(RUN))
         found += [StudentDir(p) for p in inside]
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no students here; train one with `make train`")

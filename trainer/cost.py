@@ -11,7 +11,7 @@ from manifests.command import ProjectGroup, as_overrides, recipe_option_of, set_
 from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
 
-from .ledger import IGNORED, Models, measure, table
+from .ledger import IGNORED, Models, measure, table, whole_bursts
 from .recipe import FOLDER, Recipe, load
 
 
@@ -20,7 +20,7 @@ from .recipe import FOLDER, Recipe, load
 @click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
 @click.option("--shards", metavar="DIR", help="The run directory to read from; short for --set shards=DIR.")
 @click.option("--random", metavar="NAME", help="Instead of the run's models, this timm model as teacher and a VQGAN f8-16384, untrained.")
-@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps of one measurement.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps of one measurement, at least: two rounds of the loader's workers.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements of each scheme; medians count.")
 @set_option
 def main(
@@ -34,6 +34,7 @@ def main(
     info = RunDir(settings.shards).info()
     models = load_models(info, random, device)
     click.echo(_header(settings, info, random, device))
+    steps = whole_bursts(steps, settings.workers)
     timings, generation = measure(settings, models, device, steps=steps, repeats=repeats)
     click.echo(f"each scheme {repeats} times {steps} steps, in turn\n\n{table(timings, generation, settings.epochs)}")
 
@@ -58,11 +59,17 @@ def load_models(info: RunInfo, random: str | None, device: torch.device) -> Mode
         images, codes = q(images.contiguous(memory_format=torch.channels_last))
         return images.float(), codes
 
-    def generate(x: torch.Tensor, y: torch.Tensor) -> object:
-        made = attack.attack(x, y, phi, discretize, settings, torch.zeros_like(x))
-        asked_about = [x, made.adversarial, *([made.perturbed] if info.recipe["output"].get("attacked_loss") else [])]
-        with torch.no_grad():
-            return [phi(images) for images in asked_about]
+    views, batch = info.recipe["views"]["count"], info.recipe["batch"]
+
+    def generate(x: torch.Tensor, y: torch.Tensor) -> None:
+        for images, labels in zip(x.split(batch), y.split(batch), strict=True):
+            made = attack.attack(images, labels, phi, discretize, settings, torch.zeros_like(images))
+            asked_about = [images, made.adversarial] * (1 if views == 1 else 1 + views)
+            if info.recipe["output"].get("attacked_loss"):
+                asked_about.append(made.perturbed)
+            with torch.no_grad():
+                for shown in asked_about:
+                    phi(shown)
 
     return Models(phi, discretize, generate)
 

@@ -144,10 +144,12 @@ def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
 def _opening(run: Training) -> str:
     recipe = run.recipe
     going_on = f", going on at step {run.now}" if run.now else ""
+    missing = run.reader.info.missing or {}
+    left_out = f"\n{run.directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
     return (
         f"{run.directory}: {recipe.student} {recipe.loss.objective}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
-        f"{run.directory}: {images_a_step(run.reader)} images a step, {_times_plain(run):.2f} times those of plain training"
+        f"{run.directory}: {images_a_step(run.reader)} images a step, {_times_plain(run):.2f} times those of plain training{left_out}"
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import timm.layers
 import timm.utils
 import torch
@@ -68,7 +69,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
     reader = open_reader(recipe, recipe.loss.objective)
     _check(recipe, reader)
     torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
-    info = next(iter(reader.datasets.values())).info
+    info = reader.info
     side = recipe.input or int(info.recipe["canvas"])
     torch.manual_seed(recipe.seed)
     student = create_student(
@@ -144,8 +145,12 @@ def save(run: Training) -> None:
 
 
 def resume(run: Training) -> None:
-    """Go to where the last checkpoint was, if there is one. Raises UserError when it is of another student."""
-    state = run.directory.load_last()
+    """Go to where the last checkpoint was, if there is one. Raises UserError when it is of another student.
+
+    Shards that were sealed anew hold other samples, in another order: the epoch begins again.
+    """
+    info, state = run.reader.info, run.directory.load_last()
+    run.at.manifest = info.manifest_sha256
     if state is None:
         return
     try:
@@ -156,6 +161,11 @@ def resume(run: Training) -> None:
         run.at = Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{run.directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again") from error
+    if run.at.manifest != info.manifest_sha256:
+        if distributed.is_first():
+            what = "epoch begins again" if run.at.step else "training goes on"
+            click.echo(f"note: {run.recipe.shards}: sealed anew since the last checkpoint; the {what}, with the samples that are there now", err=True)
+        run.at.step, run.at.sums, run.at.manifest = 0, {}, info.manifest_sha256
 
 
 def images_a_step(reader: TrainingReader) -> str:
