@@ -163,18 +163,19 @@ class RunDir:
             raise UserError(f"{where}: belongs to another run or shard (shard {record.shard}, run {record.run})")
         return rows, record
 
-    def parts(self, shards: Iterable[int]) -> list[tuple[pa.Table, PartRecord]]:
+    def join(self, shards: Iterable[int]) -> tuple[pa.Table, list[TarRecord]]:
+        """The rows and the tars of the part files of ``shards``, as sealing joins them."""
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.part, shards))
+            parts = list(pool.map(self.part, shards))
+        table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
+        return table, [tar for _, record in parts for tar in record.tars]
 
     def seal(self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None) -> tuple[pa.Table, list[TarRecord]]:
         """Join the part files of ``shards`` into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars.
 
         missing: shards that are left out, with the reason; recorded in ``run.json``. Tars that they left behind are removed.
         """
-        parts = self.parts(shards)
-        table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
-        tars = [tar for _, record in parts for tar in record.tars]
+        table, tars = self.join(shards)
         counts = Counter(table.column("status").to_pylist())
         data = encode_table(table, {"run": info.fingerprint, "tars": [asdict(tar) for tar in tars]})
         self.store.write(MANIFEST, data)
@@ -192,7 +193,7 @@ class RunDir:
         return table, tars
 
     def manifest(self, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, list[TarRecord]]:
-        """The sealed manifest: all rows, with some or all columns, and the record of every tar. Raises UserError when the run is not sealed."""
+        """The sealed manifest: all rows, with some or all columns, and the record of every tar. Raises UserError when it is not sealed."""
         info = self.info()
         if info.counts is None or not self.store.exists(MANIFEST):
             raise UserError(f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing")

@@ -111,6 +111,7 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
 
 def seal(job: Job, missing: Mapping[int, str]) -> None:
     """Write manifest.parquet, run.json and the dataset card of a run that is complete but for ``missing`` shards."""
+    job.out.store.remove(CARD)  # written last: killed in between, this is done again
     shards = [shard for shard in range(job.info.shards) if shard not in missing]
     table, tars = job.out.seal(job.info, shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
@@ -187,13 +188,18 @@ def _describe(job: Job, missing: Mapping[int, str], consequence: str) -> str:
 
 
 def _sealed(job: Job) -> bool:
+    """Whether the manifest joins the parts of all shards: some may have been made since, by a command killed before it sealed."""
     store = job.out.store
     if not all(store.exists(name) for name in (MANIFEST, CARD)):
         return False
     try:
-        job.out.manifest()
+        table, tars = job.out.manifest()
     except UserError as error:
         click.echo(f"sealing again: {error}", err=True)
+        return False
+    rows, recorded = job.out.join(range(job.info.shards))
+    if job.out.info().missing or tars != recorded or not table.equals(rows):
+        click.echo(f"sealing again: {job.out}: shards were made after it was sealed", err=True)
         return False
     return True
 

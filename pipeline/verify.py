@@ -44,10 +44,10 @@ def problems(out: str) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    parts = run.parts(shards)
-    if not table.equals(pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(table.schema.metadata).combine_chunks()):
+    rows, recorded = run.join(shards)
+    if not table.equals(rows):
         yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
-    if tars != [tar for _, record in parts for tar in record.tars]:
+    if tars != recorded:
         yield f"{run.store.where('manifest.parquet')}: its list of tars is not that of the part files"
     known = {tar.name for tar in tars}
     for stream in ("clean", "dad"):

@@ -102,7 +102,7 @@ def test_a_shard_is_done_when_its_part_and_tars_are_there(run: RunDir) -> None:
 def test_the_manifest_joins_all_parts(run: RunDir) -> None:
     """All rows in the order of the shards, the record of every tar, counts that add up."""
     table, tars = run.manifest()
-    parts = run.parts(range(5))
+    parts = [run.part(shard) for shard in range(5)]
     assert table.column("key").to_pylist() == [key for rows, _ in parts for key in rows.column("key").to_pylist()]
     assert tars == [tar for _, record in parts for tar in record.tars] and len(tars) == 10
     counts = run.info().counts or {}

@@ -137,6 +137,31 @@ def test_an_edited_manifest_is_sealed_again(world, run_copy: Path, finished_run:
     assert run_digests(run_copy) == run_digests(finished_run)
 
 
+def test_a_shard_made_after_sealing_without_it(world, run_copy: Path, finished_run: Path, cli) -> None:  # type: ignore[no-untyped-def]
+    """Sealed without shard 1; a later command made it and was killed before it sealed: not called sealed, and the next one seals it."""
+    run = RunDir(run_copy)
+    (run_copy / "manifest" / "part-000001.parquet").unlink()
+    run.seal(run.info(), [0, 2], {1: "out of reach"})
+    for name in ("clean/clean-000001.tar", "dad/dad-000001.tar", "manifest/part-000001.parquet"):
+        shutil.copy(finished_run / name, run_copy / name)
+    assert "not sealed yet" in cli("status", run_copy).out
+    make_shards(world.load(), str(run_copy))
+    for name in ("run.json", "manifest.parquet", "README.md"):
+        assert (run_copy / name).read_bytes() == (finished_run / name).read_bytes()
+
+
+def test_a_shard_made_anew_after_sealing(world, run_copy: Path) -> None:  # type: ignore[no-untyped-def]
+    """Shard 1 was made with other bytes, or other rows, by a command that was killed before it sealed: the next one seals it again."""
+    run = RunDir(run_copy)
+    table, record = run.part(1)
+    for rows, padding in ((table.to_pylist(), 10240), ([row | {"clean_prob": 0.5} for row in table.to_pylist()], 0)):
+        tars = {tar.name.partition("/")[0]: (run.store.read(tar.name) + bytes(padding), tar.samples) for tar in record.tars}
+        run.commit(1, rows, tars, source=record.source, run=record.run)
+        assert list(problems(str(run_copy)))
+        make_shards(world.load(), str(run_copy))
+        assert list(problems(str(run_copy))) == []
+
+
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60) -> None:
     """Look every millisecond until the condition holds or the process has ended."""
     end = time.monotonic() + seconds
