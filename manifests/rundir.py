@@ -25,6 +25,9 @@ from .store import Store
 
 MANIFEST = "manifest.parquet"
 RUN = "run.json"
+CARD = "README.md"
+GALLERY = "gallery.png"
+CONTENTS = ("clean", "dad", "manifest", "work", MANIFEST, CARD, GALLERY)  # of a run directory, beside run.json, which comes first
 TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 PART_NAME = re.compile(r"part-([0-9]{6,})\.parquet")
 FORMAT = 1  # of the run directory; readers refuse others
@@ -65,6 +68,8 @@ class RunDir:
     """A run directory under a local path or any fsspec URL."""
 
     def __init__(self, url: str | Path) -> None:
+        if not str(url):
+            raise UserError("OUT: is empty; name a folder or a URL")
         self.store = Store(url)
 
     def __str__(self) -> str:
@@ -112,6 +117,16 @@ class RunDir:
 
     def write_info(self, info: RunInfo) -> None:
         self.store.write(RUN, _encode_info(info))
+
+    def check_place(self) -> None:
+        """Before anything is spent: raises UserError where a run cannot be written, or would overwrite files that are not its own."""
+        if not self.store.exists(MANIFEST):
+            self.store.check_writable()
+        if self.store.exists(RUN):
+            return
+        taken = [name for name in CONTENTS if self.store.exists(name)]
+        if taken and not self.store.exists(RUN):  # another command that has begun meanwhile wrote it first
+            raise UserError(f"{self.store.where(taken[0])}: is in the way of a new run (there is no {RUN} here); choose another OUT")
 
     def claim(self, info: RunInfo) -> None:
         """Write run.json for a fresh run, or make sure that the run already here is the same one.

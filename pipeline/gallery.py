@@ -19,7 +19,6 @@ from .prepare import prepare
 from .recipe import Recipe
 from .sources import Piece
 
-GALLERY = "gallery.png"
 VERIFIED, REJECTED = 8, 4  # rows of the sheet, when there are so many
 AMPLIFY = 4
 HEADINGS = ("clean x", "discretized Q(x)", "adversarial x″", f"{AMPLIFY} × (x″ − Q(x))")

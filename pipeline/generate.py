@@ -17,13 +17,12 @@ from manifests import RunDir, RunInfo, UserError
 from manifests.claims import clear, forget, look
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
-from manifests.rundir import MANIFEST, RUN, count_statuses
+from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
 
 from .batch_job import Row
 from .batch_size import resolve_batch
-from .card import CARD, dataset_card
+from .card import dataset_card
 from .classes import ClassList, find_classes
-from .gallery import GALLERY
 from .launchers import find_launcher
 from .launchers.local import devices
 from .models import Models, fingerprints, load_models
@@ -53,6 +52,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     Where workers make the shards, the models' weights are read all the same, for their fingerprints.
     """
     run = RunDir(out)
+    run.check_place()
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)

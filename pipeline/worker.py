@@ -16,10 +16,11 @@ from pathlib import Path
 
 from manifests import RunDir, Unwritable, UserError
 from manifests.claims import Claims, Failure, forget, look, read_failure, record_failure
+from manifests.rundir import GALLERY
 
 from .batch_job import Row
 from .classes import ClassList, find_classes
-from .gallery import GALLERY, make_gallery
+from .gallery import make_gallery
 from .models import Models, load_models
 from .recipe import Recipe
 from .shard_job import run_shards

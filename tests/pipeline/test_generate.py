@@ -340,6 +340,22 @@ def test_places_that_cannot_be_written(world, cli, small_disk, tmp_path: Path) -
     assert "cannot write here" in cli("generate", "--recipe", world.recipe, "--out", disk / "run").error
 
 
+def test_a_place_is_looked_at_first(world, cli, small_disk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Before the models are read: those of this recipe are not there."""
+    disk = small_disk("size=64k")
+    small_disk("remount,ro")
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "README.md").write_text("mine")
+    for out, line in (
+        (disk / "run", "cannot write here"),
+        (tmp_path / "paper", "README.md: is in the way of a new run"),
+        ("", "OUT: is empty"),
+    ):
+        command = ("generate", "--recipe", world.recipe, "--out", out, "--set", "discretizer.weights=gone")
+        assert line in cli(*command).error
+    assert (tmp_path / "paper" / "README.md").read_text() == "mine" and len(list((tmp_path / "paper").iterdir())) == 1
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/run", "nonsense://x/run"])
 def test_urls_that_cannot_be_opened(world, cli, url: str) -> None:  # type: ignore[no-untyped-def]
     """A protocol that fsspec does not know, or whose package is not installed: one line that names the URL."""

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from manifests import RunDir, UserError
 from manifests.claims import Claims, look, read_claim, read_failure
-from pipeline.generate import make_shards
+from pipeline.generate import make_shards, prepare_job
 from pipeline.launchers.local import devices
+from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
 from pipeline.worker import Work, unfinished
@@ -113,11 +114,19 @@ def test_a_worker_s_complaint(world, cli, tmp_path: Path) -> None:  # type: igno
     assert told.status == 2 and told.err.splitlines()[-1].startswith("error: device: 'cuda:7' is not usable here")
 
 
+def begin(recipe: Recipe, out: Path, occupied: Iterable[int]) -> None:
+    """A run of which nothing is made yet but run.json, and folders in place of the tars of some shards: no file can take these names."""
+    job = prepare_job(recipe, str(out))
+    job.out.claim(job.info)
+    for shard in occupied:
+        (out / "dad" / f"dad-{shard:06d}.tar").mkdir(parents=True)
+
+
 def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Tried three times, then named with its reason, status 2, not sealed; the others are done. --allow-missing seals without it and
     records why; when the reason is gone the same command completes the set."""
     out = tmp_path / "run"
-    (out / "dad" / "dad-000001.tar").mkdir(parents=True)  # no file can take this name
+    begin(world.load(), out, [1])
     command = ("generate", "--recipe", world.recipe, "--out", out)
     told = cli(*command)
     line = told.err.splitlines()[-1]
@@ -143,8 +152,7 @@ def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests
 def test_a_broken_worker_does_not_eat_every_shard(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Shard after shard fails for no reason of the source: the worker ends and says why, before every shard is given up."""
     out = tmp_path / "run"
-    for shard in range(3):
-        (out / "dad" / f"dad-{shard:06d}.tar").mkdir(parents=True)
+    begin(world.load(), out, range(3))
     with pytest.raises(UserError, match=r"2 shards in a row failed, the last with IsADirectoryError"):
         make_shards(world.load("launch.retries=1"), str(out))
     assert not list(claims_of(out))
