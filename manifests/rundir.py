@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pydantic
 
-from .errors import Unwritable, UserError
+from .errors import Unreachable, UserError
 from .recipe import fingerprint
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_part, encode_table
 from .store import Store
@@ -152,7 +152,7 @@ class RunDir:
             _, record = self.part(shard, run)
         except FileNotFoundError:
             return f"{self.store.where(part_name(shard))}: missing"
-        except Unwritable:  # out of reach is not damaged
+        except Unreachable:  # out of reach is not damaged
             raise
         except UserError as error:
             return str(error)

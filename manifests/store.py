@@ -25,7 +25,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import Unwritable, UserError
+from .errors import Unreachable, Unwritable, UserError
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
@@ -171,6 +171,8 @@ class Store:
     def _writing(self, name: str) -> Iterator[None]:
         try:
             yield
+        except Unreachable as error:
+            raise Unwritable(str(error)) from error
         except OSError as error:
             if not self.is_local:
                 raise Unwritable(f"{self.where(name)}: cannot write here ({error}); choose another place") from error
@@ -185,7 +187,7 @@ class Store:
     def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
         """``request(file system, path)``. An object store that fails is asked again, beyond what its client does by itself.
 
-        Raises Unwritable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
+        Raises Unreachable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
         """
         for pause in PAUSES if not self.is_local else ():
             try:
@@ -195,7 +197,7 @@ class Store:
             except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
                 if pause is None or isinstance(error, PermissionError):
                     reason = " ".join(str(error).split())[:160] or type(error).__name__
-                    raise Unwritable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
+                    raise Unreachable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
                 time.sleep(pause)
         return request(self.fs, self._full(name))
 

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import RunDir, UserError
 from manifests.claims import Claims, look, read_claim, read_failure
@@ -20,7 +22,7 @@ from pipeline.launchers.local import devices
 from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
-from pipeline.worker import Work, unfinished
+from pipeline.worker import Work, unfinished, work_through
 from shards import ShardDataset
 
 Digests = Callable[[Path], dict[str, str]]
@@ -156,6 +158,45 @@ def test_a_broken_worker_does_not_eat_every_shard(world, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"2 shards in a row failed, the last with IsADirectoryError"):
         make_shards(world.load("launch.retries=1"), str(out))
     assert not list(claims_of(out))
+
+
+class Guarded(MemoryFileSystem):  # type: ignore[misc]
+    """A store that refuses to give some of its objects."""
+
+    protocol = "guarded"
+    refused = ""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.removeprefix("guarded://")))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
+        if self.refused and self.refused in path:
+            raise PermissionError("Forbidden")
+        return bytes(super().cat_file(path, start=start, end=end, **options))
+
+
+@pytest.mark.parametrize("kind", ["images", "tars"])
+def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:  # type: ignore[no-untyped-def]
+    """A file of a folder becomes a row with status error, a tar a shard that failed; the rest is made. Only OUT ends a worker."""
+    fsspec.register_implementation("guarded", Guarded, clobber=True)
+    folder, url, out = getattr(world, kind), f"guarded://{tmp_path}", tmp_path / "run"
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        Guarded().pipe_file(f"{tmp_path}/{path.relative_to(folder)}", path.read_bytes())
+    job = prepare_job(world.load(f"source.data={url}"), str(out))
+    job.out.claim(job.info)
+    monkeypatch.setattr(Guarded, "refused", {"images": "img_020", "tars": "source-1.tar"}[kind])
+    work = Work(recipe=job.recipe, out=str(out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    work_through(work, models=job.models)
+    reason = "the store refuses or cannot be reached (Forbidden)"
+    if kind == "tars":
+        failure = read_failure(job.out.store, 1)
+        assert job.out.shards_with_parts() == {0, 2} and failure is not None and failure.tries == 3 and reason in failure.reason
+    else:
+        rows = {row["key"]: row for row in job.out.join(range(3))[0].to_pylist()}
+        (key,) = (key for key in rows if key.endswith("img_020"))
+        assert len(rows) == 36 and rows[key]["status"] == "error" and rows[key]["reason"].startswith("cannot read the file: guarded:/")
+        assert sum(row["status"] == "error" for row in rows.values()) == 2
 
 
 def test_another_writer_comes_late(world, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
