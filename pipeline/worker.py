@@ -53,8 +53,9 @@ def unfinished(work: Work, out: RunDir) -> tuple[list[int], dict[int, Failure]]:
 def work_through(work: Work, index: int = 0, count: int = 1, models: Models | None = None, report: Report = lambda rows: None) -> None:
     """Make shards of ``work`` until each is done or given up, by this worker or another; number ``index`` of ``count`` workers.
 
-    A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises UserError when going on is useless: a
-    recipe that does not fit, a full disk, or more than ``retries`` shards that failed one after the other for no fault of the source.
+    A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises Unwritable when OUT cannot be written to,
+    so that no worker can go on; UserError when this one cannot: models that do not fit its device, or more than ``retries`` shards
+    that failed one after the other for no fault of the source.
     """
     out = RunDir(work.out)
     classes, _ = find_classes(work.recipe.source.classes)

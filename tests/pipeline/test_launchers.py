@@ -18,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from manifests import RunDir, UserError
 from manifests.claims import Claims, look, read_claim, read_failure
 from pipeline.generate import make_shards, prepare_job
+from pipeline.launchers import local
 from pipeline.launchers.local import devices
 from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
@@ -114,6 +115,25 @@ def test_a_worker_s_complaint(world, cli, tmp_path: Path) -> None:  # type: igno
     """What a worker finds wrong with the recipe is the command's one line."""
     told = cli("generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", "--set", "device=cuda:7")
     assert told.status == 2 and told.err.splitlines()[-1].startswith("error: device: 'cuda:7' is not usable here")
+
+
+@pytest.mark.slow
+def test_one_bad_device(  # type: ignore[no-untyped-def]
+    world, finished_run: Path, run_digests: Digests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker on it says why and leaves; the other makes all shards."""
+    monkeypatch.setattr(local, "devices", lambda recipe: ["cuda:7", "cpu"])
+    monkeypatch.setattr("pipeline.generate.devices", local.devices)
+    make_shards(world.load(), str(tmp_path / "run"))
+    assert run_digests(tmp_path / "run") == run_digests(finished_run)
+    assert "a worker has left: device: 'cuda:7' is not usable here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_disk_too_small_for_several_workers(world, cli, small_disk: Callable[[str], Path]) -> None:  # type: ignore[no-untyped-def]
+    """No worker could go on: the first to find out ends the command."""
+    told = cli("generate", "--recipe", world.recipe, "--out", small_disk("size=24k") / "run", "--workers", "2")
+    assert told.status == 2 and "the disk is full" in told.err.splitlines()[-1] and "a worker has left" not in told.err
 
 
 def begin(recipe: Recipe, out: Path, occupied: Iterable[int]) -> None:
