@@ -80,6 +80,11 @@ def test_writable_or_not(store: Store, tmp_path: Path, small_disk: Callable[[str
         Store(disk / "a" / "b").check_writable()
 
 
+def test_one_creates(store: Store) -> None:
+    """`create` never replaces a file, and says whose it is."""
+    assert store.create("x", b"first") and not store.create("x", b"second") and store.read("x") == b"first"
+
+
 def test_readers_never_see_a_part_of_a_file(tmp_path: Path) -> None:
     """While a file is written over and over, whoever reads it sees one version whole, and only its name is listed."""
     store = Store(tmp_path)
