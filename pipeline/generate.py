@@ -208,7 +208,8 @@ def _conclude(job: Job) -> None:
     info = job.out.info()
     counts = info.counts or {}
     click.echo(f"{job.out}: sealed, {info.samples:,} samples: {count_statuses(counts)}")
-    click.echo(f"look at {job.out.store.where(GALLERY)}; check with: python -m pipeline verify {job.out}")
+    look_at = f"look at {job.out.store.where(GALLERY)}; " if job.out.store.exists(GALLERY) else ""
+    click.echo(f"{look_at}check with: python -m pipeline verify {job.out}")
     errors = counts.get("error", 0)
     if errors:
         table, _ = job.out.manifest()

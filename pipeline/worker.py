@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from manifests import RunDir, Unwritable, UserError
 from manifests.claims import Claims, Failure, forget, look, read_failure, record_failure
 from manifests.rundir import GALLERY
@@ -119,11 +121,15 @@ def _free_shards(work: Work, out: RunDir, claims: Claims, pace: _Pace, index: in
 
 
 def _draw_gallery(work: Work, out: RunDir, claims: Claims, classes: ClassList, models: Models) -> None:
-    """By one of the workers, when its shard is there."""
+    """By one of the workers, when its shard is there. The shards are worth as much without it."""
     if SHOWN in out.shards_with_parts() and not out.store.exists(GALLERY) and claims.take(SHOWN):
-        rows, _ = out.part(SHOWN)
-        out.store.write(GALLERY, make_gallery(rows, work.pieces[SHOWN], work.recipe, classes, models))
-        claims.release(SHOWN)
+        try:
+            rows, _ = out.part(SHOWN)
+            out.store.write(GALLERY, make_gallery(rows, work.pieces[SHOWN], work.recipe, classes, models))
+        except Exception as error:
+            click.echo(f"note: {out.store.where(GALLERY)} could not be drawn: {_one_line(error)}", err=True)
+        finally:
+            claims.release(SHOWN)
 
 
 class _Pace:
@@ -156,5 +162,7 @@ class _Pace:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(place.filename).name}:{place.lineno})"

@@ -21,8 +21,9 @@ import yaml
 from PIL import Image
 
 from manifests import RunDir, UserError
-from pipeline.generate import make_shards
+from pipeline.generate import make_shards, prepare_job
 from pipeline.verify import problems
+from pipeline.worker import Work, work_through
 from shards import ShardDataset
 
 Digests = Callable[[Path], dict[str, str]]
@@ -394,6 +395,31 @@ class Record:
 
 def rows_of(run: Path) -> list[Record]:
     return [Record(row) for row in RunDir(run).manifest()[0].to_pylist()]
+
+
+def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """Images that cannot be read any more are left out; where the source has gone altogether, a note says so."""
+    images, out = Path(shutil.copytree(world.images, tmp_path / "images")), tmp_path / "run"
+    recipe = world.load(f"source.data={images}")
+    make_shards(recipe, str(out))
+    drawn = (out / "gallery.png").read_bytes()
+    job = prepare_job(recipe, str(out))
+    row = next(row for row in job.out.part(0)[0].to_pylist() if row["status"] == "verified")
+    (cut,) = (path for path in images.rglob("*.jpg") if row["key"].endswith(path.stem))
+    cut.write_bytes(cut.read_bytes()[:100])
+    for name in ("gallery.png", "manifest.parquet"):
+        (out / name).unlink()
+    make_shards(recipe, str(out))
+    assert (out / "manifest.parquet").exists() and 10_000 < len((out / "gallery.png").read_bytes()) != len(drawn)
+
+    (out / "gallery.png").unlink()
+    tars = Path(shutil.copytree(world.tars, tmp_path / "tars"))
+    pieces = prepare_job(world.load(f"source.data={tars}"), str(tmp_path / "other")).plan.pieces
+    shutil.rmtree(tars)
+    work_through(Work(recipe=recipe, out=str(out), run=job.info.fingerprint, todo=(), pieces=pieces), models=models)
+    told = capsys.readouterr()
+    assert f"note: {out}/gallery.png could not be drawn: source.data: {tars}/source-0.tar: no such file" in told.err
+    assert not (out / "gallery.png").exists() and not (out / "work").exists()
 
 
 def test_card_and_gallery(finished_run: Path) -> None:
