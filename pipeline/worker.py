@@ -18,6 +18,7 @@ import click
 
 from manifests import RunDir, Unwritable, UserError
 from manifests.claims import Claims, Failure, forget, look, read_failure, record_failure
+from manifests.devices import out_of_memory
 from manifests.rundir import GALLERY
 
 from .batch_job import Row
@@ -83,10 +84,11 @@ def work_through(work: Work, index: int = 0, count: int = 1, models: Models | No
                 elif isinstance(problem, UserError):  # of the source, for example
                     record_failure(out.store, shard, str(problem))
                 else:  # a GPU may be out of memory once; a worker that fails again and again must not eat every shard
-                    record_failure(out.store, shard, _one_line(problem))
+                    reason = _reason(problem, work.recipe.batch)
+                    record_failure(out.store, shard, reason)
                     broken.add(shard)
                     if len(broken) > work.recipe.launch.retries:
-                        raise UserError(f"{out}: {len(broken)} shards in a row failed, the last with {_one_line(problem)}") from problem
+                        raise UserError(f"{out}: {len(broken)} shards in a row failed, the last with {reason}") from problem
             finally:
                 claims.release(shard)
         _draw_gallery(work, out, claims, classes, models)
@@ -159,6 +161,13 @@ class _Pace:
     def rate(self) -> float:
         """Samples per second."""
         return self._samples / self._seconds if self._seconds else 0.0
+
+
+def _reason(error: Exception, batch: int) -> str:
+    """In one line; of memory that has run out, what to change."""
+    if what := out_of_memory(error):
+        return f"batch: {batch} images do not fit into memory; lower batch (which makes another run: choose another OUT) ({what})"
+    return _one_line(error)
 
 
 def _one_line(error: Exception) -> str:

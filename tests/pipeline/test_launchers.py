@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import RunDir, UserError
@@ -217,6 +220,25 @@ def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest
         (key,) = (key for key in rows if key.endswith("img_020"))
         assert len(rows) == 36 and rows[key]["status"] == "error" and rows[key]["reason"].startswith("cannot read the file: guarded:/")
         assert sum(row["status"] == "error" for row in rows.values()) == 2
+
+
+class Greedy(torch.nn.Module):
+    """A teacher that wants more memory than there is."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.empty(1 << 58).expand(len(images), -1)
+
+
+def test_a_batch_that_does_not_fit(world, models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One line that names the field to lower, in the record of the shard and as the last word of the worker."""
+    job = prepare_job(world.load("launch.retries=1"), str(tmp_path / "run"))
+    job.out.claim(job.info)
+    work = Work(recipe=job.recipe, out=str(job.out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    line = r"batch: 5 images do not fit into memory; lower batch \(which makes another run: choose another OUT\) \(.*can't allocate memory"
+    with pytest.raises(UserError, match=f"2 shards in a row failed, the last with {line}") as caught:
+        work_through(work, models=replace(models, teacher_model=Greedy()))
+    failure = read_failure(job.out.store, 0)
+    assert failure is not None and re.match(line, failure.reason) and "\n" not in str(caught.value)
 
 
 def test_another_writer_comes_late(world, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
