@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -45,7 +45,7 @@ class Work:
 
 
 def unfinished(work: Work, out: RunDir) -> tuple[list[int], dict[int, Failure]]:
-    """The shards of a launch that are still to be made, those that failed least often first; and those that are given up."""
+    """The shards of a launch that are still to be made, those that failed least often first and else in its order; and those given up."""
     done, failed = out.shards_with_parts(), look(out.store).failed.intersection(work.todo)
     failures = {shard: failure for shard in failed - done if (failure := read_failure(out.store, shard))}
     given_up = {shard: failure for shard, failure in failures.items() if failure.tries > work.recipe.launch.retries}
@@ -100,12 +100,11 @@ def _free_shards(work: Work, out: RunDir, claims: Claims, pace: _Pace, index: in
     Workers begin at different places, and wait for what others are making, in case they die.
     """
     start = len(work.todo) * index // count
-    place = {shard: n for n, shard in enumerate(work.todo[start:] + work.todo[:start])}
+    work = replace(work, todo=work.todo[start:] + work.todo[:start])
     while True:
         left, _ = unfinished(work, out)
         running = look(out.store).running
-        open_first = sorted(left, key=place.__getitem__)
-        shard = next((shard for shard in open_first if shard not in running and claims.take(shard)), None)
+        shard = next((shard for shard in left if shard not in running and claims.take(shard)), None)
         if shard is None:  # a few at random: many workers wait at the end, and each look is a request
             claimed = [shard for shard in left if shard in running and shard not in claims.mine]
             shard = next((shard for shard in random.sample(claimed, min(len(claimed), 8)) if claims.take_over(shard)), None)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -19,14 +20,16 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import RunDir, UserError
-from manifests.claims import Claims, look, read_claim, read_failure
+from manifests.claims import Claims, look, read_claim, read_failure, record_failure
+from pipeline.classes import load_classes
 from pipeline.generate import make_shards, prepare_job
 from pipeline.launchers import local
 from pipeline.launchers.local import devices
 from pipeline.recipe import Recipe
+from pipeline.sources import plan_source
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
-from pipeline.worker import Work, unfinished, work_through
+from pipeline.worker import Work, _free_shards, _Pace, unfinished, work_through
 from shards import ShardDataset
 
 Digests = Callable[[Path], dict[str, str]]
@@ -273,6 +276,17 @@ def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type:
     work = Work(recipe=world.load(), out=str(out), run="", todo=(0, 1, 2), pieces=())
     left, given_up = unfinished(work, RunDir(out))
     assert left == [0, 2] and list(given_up) == [1]
+
+
+def test_what_failed_comes_last(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Workers begin at different places, each with the shards that failed least often."""
+    pieces = plan_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
+    work, out = Work(recipe=world.load(), out=str(tmp_path), run="", todo=(0, 1, 2), pieces=pieces), RunDir(tmp_path)
+    record_failure(out.store, 1, "once")
+    for index, order in enumerate(([0, 2, 1], [2, 0, 1], [2, 0, 1])):
+        with Claims(out.store) as claims:
+            free = _free_shards(work, out, claims, _Pace(), index, 3)
+            assert [entry and entry[0] for entry in islice(free, 4)] == [*order, None]
 
 
 def test_devices(world) -> None:  # type: ignore[no-untyped-def]
