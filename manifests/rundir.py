@@ -52,7 +52,7 @@ class RunInfo:
     classes: list[str]
     shards: int
     samples: int  # as planned; once sealed, the rows of manifest.parquet
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages that made it; of one that changed in between: "2.6.0 and 2.7.1"
     counts: dict[str, int] | None = None  # of each status; None until sealed
     manifest_sha256: str | None = None  # of manifest.parquet; None until sealed
     missing: dict[str, str] | None = None  # shards that could not be made and were left out by --allow-missing, with the reason

@@ -90,6 +90,8 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     job.out.store.remove_stale_temporaries()
     sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
     todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
+    if todo:
+        _record_versions(job)
     work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
     missing: dict[int, str] = {}
     if todo or not job.out.store.exists(GALLERY):
@@ -113,10 +115,21 @@ def seal(job: Job, missing: Mapping[int, str]) -> None:
     """Write manifest.parquet, run.json and the dataset card of a run that is complete but for ``missing`` shards."""
     job.out.store.remove(CARD)  # written last: killed in between, this is done again
     shards = [shard for shard in range(job.info.shards) if shard not in missing]
-    table, tars = job.out.seal(job.info, shards, missing)
+    table, tars = job.out.seal(replace(job.info, versions=job.out.info().versions), shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
     if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():  # large sources are planned without reading every key
         click.echo(f"note: {repeated} keys occur more than once; to join by key, make it anew with source.keys=place", err=True)
+
+
+def _record_versions(job: Job) -> None:
+    """A run that goes on under other versions than it began with says so: both belong to what it was made with."""
+    before = job.out.info()
+    known = {name: before.versions.get(name, now) for name, now in job.info.versions.items()}
+    changed = {name: f"{known[name]} and {now}" for name, now in job.info.versions.items() if now not in known[name].split(" and ")}
+    if changed:
+        told = ", ".join(f"{name} {known[name]}, now {job.info.versions[name]}" for name in changed)
+        click.echo(f"note: {job.out}: began with {told}: shards made now may differ from those in their last bits", err=True)
+        job.out.write_info(replace(before, versions=known | changed))
 
 
 def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[int]:

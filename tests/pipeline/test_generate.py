@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ def test_a_shard_made_anew_after_sealing(world, run_copy: Path) -> None:  # type
         assert list(problems(str(run_copy)))
         make_shards(world.load(), str(run_copy))
         assert list(problems(str(run_copy))) == []
+
+
+def test_other_versions(world, run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """A run that goes on with another torch: a note, once, and both in run.json and on the card. Where nothing is made, nothing changes."""
+    run, now = RunDir(run_copy), RunDir(run_copy).info().versions
+    run.write_info(replace(run.info(), versions=now | {"torch": "2.6.0", "pillow": "10.3.0"}))
+    make_shards(world.load(), str(run_copy))
+    assert run.info().versions == now | {"torch": "2.6.0", "pillow": "10.3.0"} and "began with" not in capsys.readouterr().err
+    both = {"torch": f"2.6.0 and {now['torch']}", "pillow": f"10.3.0 and {now['pillow']}"}
+    for notes in (1, 0):
+        run.withdraw(1)
+        make_shards(world.load(), str(run_copy))
+        assert run.info().versions == now | both and f"torch {both['torch']}" in (run_copy / "README.md").read_text()
+        assert capsys.readouterr().err.count(f"began with torch 2.6.0, now {now['torch']}, pillow 10.3.0, now {now['pillow']}: ") == notes
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60) -> None:
