@@ -11,13 +11,13 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """
 
-from .errors import Unwritable, UserError
+from .errors import Unreachable, Unwritable, UserError
 from .recipe import Execution, Location, load_recipe, recipe_dataclass
 from .rundir import RunDir, RunInfo
 from .store import Store
 from .weights import find_file, load_weights
 
 __all__ = [
-    "Execution", "Location", "RunDir", "RunInfo", "Store", "Unwritable", "UserError", "find_file", "load_recipe", "load_weights",
-    "recipe_dataclass",
+    "Execution", "Location", "RunDir", "RunInfo", "Store", "Unreachable", "Unwritable", "UserError", "find_file", "load_recipe",
+    "load_weights", "recipe_dataclass",
 ]  # fmt: skip

@@ -152,14 +152,24 @@ class Claims:
         return True
 
     def take_over(self, shard: int) -> bool:
-        """Claim a shard whose worker is dead, as far as can be told; that it died counts as a failed try. False: it may live."""
-        claim = read_claim(self._store, shard)
-        if claim is not None and not self._is_dead(claim):
+        """Claim a shard whose worker is dead, as far as can be told; that it died counts as a failed try.
+
+        False: it may live, or another worker was faster.
+        """
+        name = _file("running", shard)
+        try:
+            told = self._store.read(name)
+            claim = _decode(told, Claim)
+            if (claim is not None and not self._is_dead(claim)) or self._store.read(name) != told:
+                return False
+        except FileNotFoundError:
+            return False
+        self._store.remove(name)
+        if not self.take(shard):
             return False
         if claim is not None:
             record_failure(self._store, shard, f"its worker on {claim.host} (process {claim.pid}) died or fell silent")
-        self._store.remove(_file("running", shard))
-        return self.take(shard)
+        return True
 
     def tell(self, shard: int, *, samples: int, verified: int, rejected: int, rate: float) -> None:
         """What the next sign of life shall say."""
@@ -215,6 +225,13 @@ def _encode(record: Claim | Failure) -> bytes:
 
 def _read(store: Store, name: str, kind: type[R]) -> R | None:
     try:
-        return pydantic.TypeAdapter(kind).validate_json(store.read(name))
-    except (FileNotFoundError, pydantic.ValidationError):
+        return _decode(store.read(name), kind)
+    except FileNotFoundError:
+        return None
+
+
+def _decode(data: bytes, kind: type[R]) -> R | None:
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(data)
+    except pydantic.ValidationError:
         return None

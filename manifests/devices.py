@@ -1,8 +1,10 @@
-"""Device and number format: where a model computes, and whether its matrix products run in bfloat16."""
+"""Device and number format: where a model computes, whether its matrix products run in bfloat16, and when its memory runs out."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,6 +40,24 @@ def repeatable() -> None:
     # Nothing here reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What torch says, in one line, when memory has run out on a GPU or the CPU; None for any other error."""
+    what = str(error).partition("\n")[0][:160]
+    full = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in what)
+    return what if full else None
+
+
+@contextmanager
+def must_fit(advice: str) -> Iterator[None]:
+    """Turns memory that runs out inside the block into a UserError that begins with ``advice``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if what := out_of_memory(error):
+            raise UserError(f"{advice} ({what})") from error
+        raise
 
 
 def usable_cores() -> int:

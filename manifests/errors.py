@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class Unreachable(UserError):
+    """A file that an object store does not give, however often it is asked: no permission, no connection. Others may be in reach."""
+
+
 class Unwritable(UserError):
-    """A place that cannot be used: a full disk, no permission, a store out of reach. Trying another shard would not help."""
+    """A place that cannot be written to: a full disk, no permission, a store out of reach. Trying another shard would not help."""

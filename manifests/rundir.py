@@ -18,13 +18,16 @@ from typing import Any
 import pyarrow as pa
 import pydantic
 
-from .errors import Unwritable, UserError
+from .errors import Unreachable, UserError
 from .recipe import fingerprint
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_part, encode_table
 from .store import Store
 
 MANIFEST = "manifest.parquet"
 RUN = "run.json"
+CARD = "README.md"
+GALLERY = "gallery.png"
+CONTENTS = ("clean", "dad", "manifest", "work", MANIFEST, CARD, GALLERY)  # of a run directory, beside run.json, which comes first
 TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 PART_NAME = re.compile(r"part-([0-9]{6,})\.parquet")
 FORMAT = 1  # of the run directory; readers refuse others
@@ -49,7 +52,7 @@ class RunInfo:
     classes: list[str]
     shards: int
     samples: int  # as planned; once sealed, the rows of manifest.parquet
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages that made it; of one that changed in between: "2.6.0 and 2.7.1"
     counts: dict[str, int] | None = None  # of each status; None until sealed
     manifest_sha256: str | None = None  # of manifest.parquet; None until sealed
     missing: dict[str, str] | None = None  # shards that could not be made and were left out by --allow-missing, with the reason
@@ -65,6 +68,8 @@ class RunDir:
     """A run directory under a local path or any fsspec URL."""
 
     def __init__(self, url: str | Path) -> None:
+        if not str(url):
+            raise UserError("OUT: is empty; name a folder or a URL")
         self.store = Store(url)
 
     def __str__(self) -> str:
@@ -113,6 +118,16 @@ class RunDir:
     def write_info(self, info: RunInfo) -> None:
         self.store.write(RUN, _encode_info(info))
 
+    def check_place(self) -> None:
+        """Before anything is spent: raises UserError where a run cannot be written, or would overwrite files that are not its own."""
+        if not self.store.exists(MANIFEST):
+            self.store.check_writable()
+        if self.store.exists(RUN):
+            return
+        taken = [name for name in CONTENTS if self.store.exists(name)]
+        if taken and not self.store.exists(RUN):  # another command that has begun meanwhile wrote it first
+            raise UserError(f"{self.store.where(taken[0])}: is in the way of a new run (there is no {RUN} here); choose another OUT")
+
     def claim(self, info: RunInfo) -> None:
         """Write run.json for a fresh run, or make sure that the run already here is the same one.
 
@@ -137,7 +152,7 @@ class RunDir:
             _, record = self.part(shard, run)
         except FileNotFoundError:
             return f"{self.store.where(part_name(shard))}: missing"
-        except Unwritable:  # out of reach is not damaged
+        except Unreachable:  # out of reach is not damaged
             raise
         except UserError as error:
             return str(error)
@@ -163,18 +178,19 @@ class RunDir:
             raise UserError(f"{where}: belongs to another run or shard (shard {record.shard}, run {record.run})")
         return rows, record
 
-    def parts(self, shards: Iterable[int]) -> list[tuple[pa.Table, PartRecord]]:
+    def join(self, shards: Iterable[int]) -> tuple[pa.Table, list[TarRecord]]:
+        """The rows and the tars of the part files of ``shards``, as sealing joins them."""
         with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.part, shards))
+            parts = list(pool.map(self.part, shards))
+        table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
+        return table, [tar for _, record in parts for tar in record.tars]
 
     def seal(self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None) -> tuple[pa.Table, list[TarRecord]]:
         """Join the part files of ``shards`` into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars.
 
         missing: shards that are left out, with the reason; recorded in ``run.json``. Tars that they left behind are removed.
         """
-        parts = self.parts(shards)
-        table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
-        tars = [tar for _, record in parts for tar in record.tars]
+        table, tars = self.join(shards)
         counts = Counter(table.column("status").to_pylist())
         data = encode_table(table, {"run": info.fingerprint, "tars": [asdict(tar) for tar in tars]})
         self.store.write(MANIFEST, data)

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +25,12 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import Unwritable, UserError
+from .errors import Unreachable, Unwritable, UserError
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
+_TRAILING_SLASHES = re.compile(r"(?<=[^:/])/+$")  # of "/" and "s3://" they stay
 T = TypeVar("T")
 HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
@@ -37,7 +39,7 @@ class Store:
     """A directory of files under a local path or an fsspec URL. Names are relative, with ``/`` between parts."""
 
     def __init__(self, url: str | Path) -> None:
-        self.url = str(url).rstrip("/")
+        self.url = _TRAILING_SLASHES.sub("", str(url))
         try:
             fs, self.root = _open(self.url, os.getpid())
         except (ImportError, ValueError) as error:
@@ -54,7 +56,7 @@ class Store:
 
     def where(self, name: str) -> str:
         """Full path or URL of a file, for messages."""
-        return f"{self.url}/{name}"
+        return f"{self.url}{'' if self.url.endswith('/') else '/'}{name}"
 
     def exists(self, name: str = "") -> bool:
         return self._ask(name, lambda fs, path: bool(fs.exists(path)))
@@ -148,6 +150,17 @@ class Store:
         with self._writing(name), contextlib.suppress(FileNotFoundError):
             self._ask(name, lambda fs, path: Path(path).unlink() if self.is_local else fs.rm_file(path))
 
+    def check_writable(self) -> None:
+        """Raises Unwritable where nothing can be written at present. Leaves nothing behind, no folder either."""
+        if not self.is_local:
+            probe = f".{HOST}.{os.getpid()}.probe"
+            self.write(probe, b"")
+            self.remove(probe)
+            return
+        root = Path(self.root)
+        with self._writing(""), tempfile.TemporaryFile(dir=next(path for path in (root, *root.parents) if path.exists())):
+            pass
+
     def remove_empty(self, folder: str) -> None:
         """Remove a folder when nothing is left in it. Object stores know no folders."""
         if self.is_local:
@@ -158,6 +171,8 @@ class Store:
     def _writing(self, name: str) -> Iterator[None]:
         try:
             yield
+        except Unreachable as error:
+            raise Unwritable(str(error)) from error
         except OSError as error:
             if not self.is_local:
                 raise Unwritable(f"{self.where(name)}: cannot write here ({error}); choose another place") from error
@@ -172,7 +187,7 @@ class Store:
     def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
         """``request(file system, path)``. An object store that fails is asked again, beyond what its client does by itself.
 
-        Raises Unwritable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
+        Raises Unreachable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
         """
         for pause in PAUSES if not self.is_local else ():
             try:
@@ -182,21 +197,21 @@ class Store:
             except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
                 if pause is None or isinstance(error, PermissionError):
                     reason = " ".join(str(error).split())[:160] or type(error).__name__
-                    raise Unwritable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
+                    raise Unreachable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
                 time.sleep(pause)
         return request(self.fs, self._full(name))
 
     def remove_stale_temporaries(self) -> None:
-        """Remove temporary files that dead processes of this host left behind."""
+        """Remove temporary files that dead processes of this host left here or in a folder directly below."""
         if not self.is_local or not self.exists():
             return
-        for path in Path(self.root).rglob(".*.tmp"):
+        for path in (*Path(self.root).glob(".*.tmp"), *Path(self.root).glob("*/.*.tmp")):
             match = _TEMPORARY.match(path.name)
             if match and match["host"] == HOST and not alive(int(match["pid"])):
                 path.unlink(missing_ok=True)
 
     def _full(self, name: str) -> str:
-        return f"{self.root}/{name}".rstrip("/")
+        return f"{self.root.rstrip('/')}/{name}".rstrip("/") or "/"
 
 
 class _RemoteFile(io.RawIOBase):

@@ -8,8 +8,7 @@ import yaml
 
 from manifests import RunInfo
 from manifests.rows import TarRecord
-
-CARD = "README.md"
+from manifests.rundir import GALLERY
 
 
 def dataset_card(info: RunInfo, table: pa.Table, tars: list[TarRecord]) -> str:
@@ -34,7 +33,7 @@ def dataset_card(info: RunInfo, table: pa.Table, tars: list[TarRecord]) -> str:
 ---
 # Discrete adversarial images with a teacher's soft labels
 
-![clean, discretized, adversarial and difference](gallery.png)
+![clean, discretized, adversarial and difference]({GALLERY})
 
 {info.samples:,} labelled images of {len(info.classes)} classes went in. Each was attacked against a teacher model, discretized by a
 VQGAN, and kept only if the teacher still classifies it correctly (Discrete Adversarial Distillation, NeurIPS 2023).

@@ -19,7 +19,6 @@ from .prepare import prepare
 from .recipe import Recipe
 from .sources import Piece
 
-GALLERY = "gallery.png"
 VERIFIED, REJECTED = 8, 4  # rows of the sheet, when there are so many
 AMPLIFY = 4
 HEADINGS = ("clean x", "discretized Q(x)", "adversarial x″", f"{AMPLIFY} × (x″ − Q(x))")
@@ -36,10 +35,10 @@ class _Panel:
 
 
 def make_gallery(table: pa.Table, piece: Piece, recipe: Recipe, classes: ClassList, models: Models) -> bytes:
-    """PNG of a few samples of the first piece, attacked again; rejected ones are marked."""
+    """PNG of a few samples of the first piece, attacked again; rejected ones are marked, those that can no longer be read left out."""
     status = _choose(table.slice(0, piece.count))
     samples = {s.source.key: s for s in prepare(piece, recipe, classes) if s.clean is not None and s.source.key in status}
-    chosen = [samples[key] for key in status]
+    chosen = [samples[key] for key in status if key in samples]
     if not chosen:
         return _draw([])
     x = to_float(torch.stack([s.clean for s in chosen if s.clean is not None])).to(models.device)

@@ -17,13 +17,12 @@ from manifests import RunDir, RunInfo, UserError
 from manifests.claims import clear, forget, look
 from manifests.progress import progress
 from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
-from manifests.rundir import MANIFEST, RUN, count_statuses
+from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
 
 from .batch_job import Row
 from .batch_size import resolve_batch
-from .card import CARD, dataset_card
+from .card import dataset_card
 from .classes import ClassList, find_classes
-from .gallery import GALLERY
 from .launchers import find_launcher
 from .launchers.local import devices
 from .models import Models, fingerprints, load_models
@@ -53,6 +52,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     Where workers make the shards, the models' weights are read all the same, for their fingerprints.
     """
     run = RunDir(out)
+    run.check_place()
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
     plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
@@ -90,6 +90,8 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     job.out.store.remove_stale_temporaries()
     sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
     todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
+    if todo:
+        _record_versions(job)
     work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
     missing: dict[int, str] = {}
     if todo or not job.out.store.exists(GALLERY):
@@ -111,11 +113,23 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
 
 def seal(job: Job, missing: Mapping[int, str]) -> None:
     """Write manifest.parquet, run.json and the dataset card of a run that is complete but for ``missing`` shards."""
+    job.out.store.remove(CARD)  # written last: killed in between, this is done again
     shards = [shard for shard in range(job.info.shards) if shard not in missing]
-    table, tars = job.out.seal(job.info, shards, missing)
+    table, tars = job.out.seal(replace(job.info, versions=job.out.info().versions), shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
     if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():  # large sources are planned without reading every key
         click.echo(f"note: {repeated} keys occur more than once; to join by key, make it anew with source.keys=place", err=True)
+
+
+def _record_versions(job: Job) -> None:
+    """A run that goes on under other versions than it began with says so: both belong to what it was made with."""
+    before = job.out.info()
+    known = {name: before.versions.get(name, now) for name, now in job.info.versions.items()}
+    changed = {name: f"{known[name]} and {now}" for name, now in job.info.versions.items() if now not in known[name].split(" and ")}
+    if changed:
+        told = ", ".join(f"{name} {known[name]}, now {job.info.versions[name]}" for name in changed)
+        click.echo(f"note: {job.out}: began with {told}: shards made now may differ from those in their last bits", err=True)
+        job.out.write_info(replace(before, versions=known | changed))
 
 
 def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[int]:
@@ -187,13 +201,18 @@ def _describe(job: Job, missing: Mapping[int, str], consequence: str) -> str:
 
 
 def _sealed(job: Job) -> bool:
+    """Whether the manifest joins the parts of all shards: some may have been made since, by a command killed before it sealed."""
     store = job.out.store
     if not all(store.exists(name) for name in (MANIFEST, CARD)):
         return False
     try:
-        job.out.manifest()
+        table, tars = job.out.manifest()
     except UserError as error:
         click.echo(f"sealing again: {error}", err=True)
+        return False
+    rows, recorded = job.out.join(range(job.info.shards))
+    if job.out.info().missing or tars != recorded or not table.equals(rows):
+        click.echo(f"sealing again: {job.out}: shards were made after it was sealed", err=True)
         return False
     return True
 
@@ -202,7 +221,8 @@ def _conclude(job: Job) -> None:
     info = job.out.info()
     counts = info.counts or {}
     click.echo(f"{job.out}: sealed, {info.samples:,} samples: {count_statuses(counts)}")
-    click.echo(f"look at {job.out.store.where(GALLERY)}; check with: python -m pipeline verify {job.out}")
+    look_at = f"look at {job.out.store.where(GALLERY)}; " if job.out.store.exists(GALLERY) else ""
+    click.echo(f"{look_at}check with: python -m pipeline verify {job.out}")
     errors = counts.get("error", 0)
     if errors:
         table, _ = job.out.manifest()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from manifests import UserError
-from manifests.devices import choose_device, repeatable, use_bf16
+from manifests.devices import choose_device, must_fit, repeatable, use_bf16
 
 from .classes import ClassList
 from .diffusion import load_diffusion
@@ -80,7 +80,8 @@ def load_models(recipe: Recipe, classes: ClassList) -> Models:
     device = choose_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    return join(load_teacher(recipe.teacher, classes, device), build_discretizer(recipe.discretizer), recipe, device)
+    with must_fit(f"device: {device}: the models do not fit its memory; free some, or choose another device"):
+        return join(load_teacher(recipe.teacher, classes, device), build_discretizer(recipe.discretizer), recipe, device)
 
 
 def fingerprints(recipe: Recipe, classes: ClassList, models: Models | None = None) -> dict[str, str]:

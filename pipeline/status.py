@@ -54,6 +54,8 @@ class Survey:
         for shard, part in parts.items():
             if shard not in damaged and not isinstance(part, str):
                 counts.update(part[1])
+        missing = [shard for shard in range(info.shards) if shard not in parts]
+        made_since = set(info.missing or {}) - {str(shard) for shard in missing}
         board = look(self._run.store)
         claimed = sorted(board.running - parts.keys())
         running = [(claim, self._silence(claim)) for shard in claimed if (claim := read_claim(self._run.store, shard))]
@@ -61,10 +63,10 @@ class Survey:
             counts.update(verified=claim.verified, rejected=claim.rejected, error=claim.samples - claim.verified - claim.rejected)
         return State(
             info=info,
-            sealed=info.counts is not None and self._run.store.exists(MANIFEST),
+            sealed=info.counts is not None and not made_since and self._run.store.exists(MANIFEST),
             counts=counts,
             done=frozenset(parts.keys() - damaged.keys()),
-            missing=[shard for shard in range(info.shards) if shard not in parts],
+            missing=missing,
             damaged=[damaged[shard] for shard in sorted(damaged)],
             failed=[failure for shard in sorted(board.failed - parts.keys()) if (failure := read_failure(self._run.store, shard))],
             running=running,

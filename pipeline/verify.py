@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from manifests import RunDir, RunInfo, UserError
+from manifests.devices import must_fit
 from manifests.progress import progress
 from manifests.rows import TarRecord
 from manifests.rundir import RUN, count_statuses
 from shards import LabelledImage, ShardDataset, iterate_tar, view_images
 from shards.codec import to_float
 
+from .batch_size import ON_CPU
 from .generate import recipe_of
 from .models import Models, load_models
+from .recipe import Discretizer
 from .teacher import weights_fingerprint
 
 # Largest difference of a logit that recomputing may show, relative to the largest logit of the sample. On the machine that made the
@@ -44,10 +47,10 @@ def problems(out: str) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    parts = run.parts(shards)
-    if not table.equals(pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(table.schema.metadata).combine_chunks()):
+    rows, recorded = run.join(shards)
+    if not table.equals(rows):
         yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
-    if tars != [tar for _, record in parts for tar in record.tars]:
+    if tars != recorded:
         yield f"{run.store.where('manifest.parquet')}: its list of tars is not that of the part files"
     known = {tar.name for tar in tars}
     for stream in ("clean", "dad"):
@@ -64,7 +67,7 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     run = RunDir(out)
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
-    models = load_models(recipe, classes)
+    models = load_models(replace(recipe, discretizer=Discretizer(kind="identity")), classes)  # the teacher alone is asked
     if (now := weights_fingerprint(models.teacher_model)) != info.fingerprints["teacher"]:
         raise UserError(
             f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
@@ -75,9 +78,10 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
         dataset = ShardDataset(out, stream)  # type: ignore[arg-type]
         chosen = np.random.default_rng(seed).choice(len(dataset), size=min(count, len(dataset)), replace=False)
         views = [view for index in chosen for view in _views(dataset[int(index)])]
-        for start in range(0, len(views), recipe.batch):
-            part = views[start : start + recipe.batch]
-            for view, found in zip(part, _infer([view.image for view in part], models, recipe.batch), strict=True):
+        size = recipe.batch if models.device.type == "cuda" else min(recipe.batch, ON_CPU)
+        for start in range(0, len(views), size):
+            part = views[start : start + size]
+            for view, found in zip(part, _infer([view.image for view in part], models, size), strict=True):
                 kept = view.logits.topk(recipe.views.topk or len(found)).indices  # what a top-k record holds
                 stored, again = view.logits[kept], found[kept]
                 difference = float((again - stored).abs().max() / stored.abs().max())
@@ -112,9 +116,13 @@ def _views(sample: LabelledImage) -> Iterator[_View]:
 
 
 def _infer(images: list[torch.Tensor], models: Models, batch: int) -> torch.Tensor:
-    """The teacher's logits, in a batch filled up to the size that stage 1 used: another size may be summed in another order."""
-    filled = [images[i % len(images)] for i in range(batch)]
-    with torch.no_grad():
+    """The teacher's logits. On a GPU the batch is filled up to the size that stage 1 used: another size may be summed in another order.
+
+    On a CPU a full batch of a GPU's would take minutes, and `TOLERANCE` allows for the difference.
+    """
+    count = batch if models.device.type == "cuda" else len(images)
+    filled = [images[i % len(images)] for i in range(count)]
+    with torch.no_grad(), must_fit(f"batch: {batch} images do not fit into memory; lower it with --set batch=N"):
         return models.teacher(to_float(torch.stack(filled)).to(models.device)).cpu()[: len(images)]
 
 

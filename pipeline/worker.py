@@ -11,15 +11,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import click
 
 from manifests import RunDir, Unwritable, UserError
 from manifests.claims import Claims, Failure, forget, look, read_failure, record_failure
+from manifests.devices import out_of_memory
+from manifests.rundir import GALLERY
 
 from .batch_job import Row
 from .classes import ClassList, find_classes
-from .gallery import GALLERY, make_gallery
+from .gallery import make_gallery
 from .models import Models, load_models
 from .recipe import Recipe
 from .shard_job import run_shards
@@ -41,7 +45,7 @@ class Work:
 
 
 def unfinished(work: Work, out: RunDir) -> tuple[list[int], dict[int, Failure]]:
-    """The shards of a launch that are still to be made, those that failed least often first; and those that are given up."""
+    """The shards of a launch that are still to be made, those that failed least often first and else in its order; and those given up."""
     done, failed = out.shards_with_parts(), look(out.store).failed.intersection(work.todo)
     failures = {shard: failure for shard in failed - done if (failure := read_failure(out.store, shard))}
     given_up = {shard: failure for shard, failure in failures.items() if failure.tries > work.recipe.launch.retries}
@@ -52,8 +56,9 @@ def unfinished(work: Work, out: RunDir) -> tuple[list[int], dict[int, Failure]]:
 def work_through(work: Work, index: int = 0, count: int = 1, models: Models | None = None, report: Report = lambda rows: None) -> None:
     """Make shards of ``work`` until each is done or given up, by this worker or another; number ``index`` of ``count`` workers.
 
-    A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises UserError when going on is useless: a
-    recipe that does not fit, a full disk, or more than ``retries`` shards that failed one after the other for no fault of the source.
+    A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises Unwritable when OUT cannot be written to,
+    so that no worker can go on; UserError when this one cannot: models that do not fit its device, or more than ``retries`` shards
+    that failed one after the other for no fault of the source.
     """
     out = RunDir(work.out)
     classes, _ = find_classes(work.recipe.source.classes)
@@ -79,10 +84,11 @@ def work_through(work: Work, index: int = 0, count: int = 1, models: Models | No
                 elif isinstance(problem, UserError):  # of the source, for example
                     record_failure(out.store, shard, str(problem))
                 else:  # a GPU may be out of memory once; a worker that fails again and again must not eat every shard
-                    record_failure(out.store, shard, _one_line(problem))
+                    reason = _reason(problem, work.recipe.batch)
+                    record_failure(out.store, shard, reason)
                     broken.add(shard)
                     if len(broken) > work.recipe.launch.retries:
-                        raise UserError(f"{out}: {len(broken)} shards in a row failed, the last with {_one_line(problem)}") from problem
+                        raise UserError(f"{out}: {len(broken)} shards in a row failed, the last with {reason}") from problem
             finally:
                 claims.release(shard)
         _draw_gallery(work, out, claims, classes, models)
@@ -94,12 +100,11 @@ def _free_shards(work: Work, out: RunDir, claims: Claims, pace: _Pace, index: in
     Workers begin at different places, and wait for what others are making, in case they die.
     """
     start = len(work.todo) * index // count
-    place = {shard: n for n, shard in enumerate(work.todo[start:] + work.todo[:start])}
+    work = replace(work, todo=work.todo[start:] + work.todo[:start])
     while True:
         left, _ = unfinished(work, out)
         running = look(out.store).running
-        open_first = sorted(left, key=place.__getitem__)
-        shard = next((shard for shard in open_first if shard not in running and claims.take(shard)), None)
+        shard = next((shard for shard in left if shard not in running and claims.take(shard)), None)
         if shard is None:  # a few at random: many workers wait at the end, and each look is a request
             claimed = [shard for shard in left if shard in running and shard not in claims.mine]
             shard = next((shard for shard in random.sample(claimed, min(len(claimed), 8)) if claims.take_over(shard)), None)
@@ -117,11 +122,15 @@ def _free_shards(work: Work, out: RunDir, claims: Claims, pace: _Pace, index: in
 
 
 def _draw_gallery(work: Work, out: RunDir, claims: Claims, classes: ClassList, models: Models) -> None:
-    """By one of the workers, when its shard is there."""
+    """By one of the workers, when its shard is there. The shards are worth as much without it."""
     if SHOWN in out.shards_with_parts() and not out.store.exists(GALLERY) and claims.take(SHOWN):
-        rows, _ = out.part(SHOWN)
-        out.store.write(GALLERY, make_gallery(rows, work.pieces[SHOWN], work.recipe, classes, models))
-        claims.release(SHOWN)
+        try:
+            rows, _ = out.part(SHOWN)
+            out.store.write(GALLERY, make_gallery(rows, work.pieces[SHOWN], work.recipe, classes, models))
+        except Exception as error:
+            click.echo(f"note: {out.store.where(GALLERY)} could not be drawn: {_one_line(error)}", err=True)
+        finally:
+            claims.release(SHOWN)
 
 
 class _Pace:
@@ -153,6 +162,15 @@ class _Pace:
         return self._samples / self._seconds if self._seconds else 0.0
 
 
+def _reason(error: Exception, batch: int) -> str:
+    """In one line; of memory that has run out, what to change."""
+    if what := out_of_memory(error):
+        return f"batch: {batch} images do not fit into memory; lower batch (which makes another run: choose another OUT) ({what})"
+    return _one_line(error)
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(place.filename).name}:{place.lineno})"

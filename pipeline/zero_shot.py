@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from manifests import Store
+from manifests import Store, UserError
 from manifests.progress import progress
 from manifests.recipe import fingerprint
 from manifests.weights import tensors_sha256
@@ -46,17 +47,27 @@ def cached_head(
     """
     if len(classes) * len(templates) < WORTH_KEEPING:
         return zero_shot_head(model, tokenizer, classes, templates).cpu()
-    path = cache_folder() / f"{fingerprint([_text_weights(model), list(classes), list(templates), function])}.safetensors"
+    name = f"{fingerprint([_text_weights(model), list(classes), list(templates), function])}.safetensors"
+    if (kept := _kept_head(name)) is not None:
+        return kept
+    head = zero_shot_head(model, tokenizer, classes, templates).cpu()
     try:
-        return load_file(path)["head"]
-    except (FileNotFoundError, SafetensorError, KeyError):  # not there yet, or damaged
-        head = zero_shot_head(model, tokenizer, classes, templates).cpu()
-        Store(path.parent).write(path.name, save({"head": head.contiguous()}))
-        return head
+        Store(cache_folder()).write(name, save({"head": head.contiguous()}))
+    except (OSError, RuntimeError, UserError) as error:
+        click.echo(f"note: the embedded class names are not kept for the next time ({error}); XDG_CACHE_HOME may name a folder", err=True)
+    return head
 
 
 def cache_folder() -> Path:
+    """Raises RuntimeError where nothing says what the user's home is."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "discrete-adversarial-distillation" / "heads"
+
+
+def _kept_head(name: str) -> torch.Tensor | None:
+    try:
+        return load_file(cache_folder() / name)["head"]
+    except (OSError, RuntimeError, SafetensorError, KeyError):  # not there yet, out of reach, or damaged
+        return None
 
 
 def _text_weights(model: nn.Module) -> str:

@@ -20,7 +20,13 @@ from .recipe import FOLDER, Recipe, load
 @click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
 @click.option("--shards", metavar="DIR", help="The run directory to read from; short for --set shards=DIR.")
 @click.option("--random", metavar="NAME", help="Instead of the run's models, this timm model as teacher and a VQGAN f8-16384, untrained.")
-@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps of one measurement, at least: two rounds of the loader's workers.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Steps of one measurement, at least: two rounds of the loader's workers.",
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements of each scheme; medians count.")
 @set_option
 def main(

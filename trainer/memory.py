@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from manifests import UserError
+from manifests.devices import must_fit
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turns what torch raises when memory runs out inside the block into a UserError."""
     try:
-        yield
+        with must_fit("a batch does not fit into memory; raise accumulate, or lower batch"):
+            yield
     except RuntimeError as error:
         what = str(error).partition("\n")[0][:160]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in what:
-            raise UserError(f"a batch does not fit into memory; raise accumulate, or lower batch ({what})") from error
-        if "DataLoader worker" in what:  # may be raised anywhere: torch tells the death of a worker from a signal handler
+        # May be raised anywhere: torch tells a worker's death from a signal handler. What a worker raised itself reads otherwise.
+        if "DataLoader worker" in what and any(sign in what for sign in ("killed by signal", "exited unexpectedly", "shared memory")):
             raise UserError(f"a loader process was killed; lower workers, or give more memory and more /dev/shm ({what})") from error
         raise

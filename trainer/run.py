@@ -164,7 +164,10 @@ def resume(run: Training) -> None:
     if run.at.manifest != info.manifest_sha256:
         if distributed.is_first():
             what = "epoch begins again" if run.at.step else "training goes on"
-            click.echo(f"note: {run.recipe.shards}: sealed anew since the last checkpoint; the {what}, with the samples that are there now", err=True)
+            click.echo(
+                f"note: {run.recipe.shards}: sealed anew since the last checkpoint; the {what}, with the samples that are there now",
+                err=True,
+            )
         run.at.step, run.at.sums, run.at.manifest = 0, {}, info.manifest_sha256
 
 

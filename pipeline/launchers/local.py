@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
+import click
 import torch
 
-from manifests import UserError
+from manifests import Unwritable, UserError
 from manifests.devices import usable_cores
 
 from ..recipe import Recipe
 from ..worker import Work, work_through
 from . import Watch
 
-FATAL = 2
+HOPELESS = 2  # exit status of a worker: nobody can go on
+LEFT = 3  # this one cannot
 LEAVE = 10.0  # seconds for a worker to finish or abandon its batch
 
 
@@ -46,7 +48,8 @@ class _Slot:
 def launch(work: Work, watch: Watch) -> None:
     """Run the workers until all have left. One that dies is replaced, unless it keeps dying and nothing gets done.
 
-    Raises the UserError of a worker for which going on is useless.
+    One that complains (of its device, for example) leaves the work to the others. Raises its complaint when none of them finished the
+    work, and at once when OUT cannot be written.
     """
     names = devices(work.recipe)
     threads = work.recipe.threads or max(usable_cores() // len(names), 1)
@@ -54,6 +57,7 @@ def launch(work: Work, watch: Watch) -> None:
     recipes = [replace(work.recipe, device=name, threads=threads, codec_threads=codec_threads) for name in names]
     works = [replace(work, recipe=recipe) for recipe in recipes]
     slots = {index: _start(works[index], index, len(names), 0) for index in range(len(names))}
+    finished, complaint = False, None
     try:
         while slots:
             wait([slot.process.sentinel for slot in slots.values()], timeout=1.0)
@@ -62,15 +66,22 @@ def launch(work: Work, watch: Watch) -> None:
                 if slot.process.is_alive():
                     continue
                 slot.process.join()
-                if slot.process.exitcode == FATAL and slot.complaint.poll():
-                    raise UserError(slot.complaint.recv())
+                status = slot.process.exitcode
+                if status in (HOPELESS, LEFT) and slot.complaint.poll():
+                    complaint = str(slot.complaint.recv())
+                    if status == HOPELESS:
+                        raise Unwritable(complaint)
+                    click.echo(f"a worker has left: {complaint}", err=True)
                 strikes = slot.strikes + 1 if done == slot.done_before else 0
-                if slot.process.exitcode == 0 or strikes > work.recipe.launch.retries:
+                finished |= status == 0
+                if status in (0, LEFT) or strikes > work.recipe.launch.retries:
                     del slots[index]
                 else:
                     slots[index] = replace(_start(works[index], index, len(names), done), strikes=strikes)
     finally:
         _end([slot.process for slot in slots.values()])
+    if complaint is not None and not finished:
+        raise UserError(complaint)
 
 
 def _start(work: Work, index: int, count: int, done: int) -> _Slot:
@@ -99,7 +110,7 @@ def _worker(work: Work, index: int, count: int, complaint: Connection) -> None:
         work_through(work, index, count)
     except UserError as error:
         complaint.send(str(error))
-        sys.exit(FATAL)
+        sys.exit(HOPELESS if isinstance(error, Unwritable) else LEFT)
     except KeyboardInterrupt:
         sys.exit(0)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from manifests import UserError
+from manifests import Unwritable, UserError
 
 from ..worker import Work, work_through
 from . import Watch
@@ -26,7 +26,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 def launch(work: Work, watch: Watch) -> None:
     """Run the actors until all have left. Nodes need the project and the recipe's files at the same paths.
 
-    Joins the cluster of RAY_ADDRESS, or starts Ray on this machine. Raises the UserError of a worker for which going on is useless.
+    Joins the cluster of RAY_ADDRESS, or starts Ray on this machine. Raises the complaint of a worker when none of them finished the
+    work, and at once when OUT cannot be written.
     """
     here = not ray.is_initialized()
     if here:
@@ -49,18 +50,25 @@ def _run(work: Work, watch: Watch) -> None:
     actor_class = ray.remote(**device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
     actors = [actor_class.remote(str(Path.cwd())) for _ in range(count)]
     pending = [actor.work.remote(told, index, count) for index, actor in enumerate(actors)]
+    finished, complaint = False, None
     while pending:
         ready, pending = ray.wait(pending, timeout=LOOK)
         watch()
         for reference in ready:
             try:
                 ray.get(reference)
+                finished = True
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(str(error.cause)) from error
-                raise
+                if isinstance(error.cause, Unwritable):
+                    raise Unwritable(str(error.cause)) from error
+                if not isinstance(error.cause, UserError):
+                    raise
+                complaint = str(error.cause)
+                click.echo(f"a worker has left: {complaint}", err=True)
             except ray.exceptions.RayActorError as error:  # others may finish what it could not; what is missing will be named
                 click.echo(f"a worker was lost for good: {' '.join(str(error).split())[:200]}", err=True)
+    if complaint is not None and not finished:
+        raise UserError(complaint)
 
 
 class Worker:

@@ -11,7 +11,7 @@ from typing import overload
 import click
 import numpy as np
 
-from manifests import Store, UserError
+from manifests import Store, Unreachable, UserError
 from manifests.recipe import nearest
 from shards.canvas import IMAGE_EXTENSIONS
 from shards.tar import clean_key
@@ -37,8 +37,8 @@ class FolderPiece:
         for file, label in self.files:
             try:
                 yield SourceSample(folder_key(file), store.read(file), label)
-            except OSError as error:
-                reason = error.strerror or " ".join(str(error).split())[:120]
+            except (OSError, Unreachable) as error:
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
                 yield SourceSample(folder_key(file), b"", label, f"cannot read the file: {reason}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from manifests import Store, claims
-from manifests.claims import Claims, clear, forget, look, read_claim, read_failure, record_failure
+from manifests.claims import Claim, Claims, clear, forget, look, read_claim, read_failure, record_failure
 
 
 @pytest.fixture
@@ -100,6 +100,35 @@ def test_a_worker_that_comes_back(store: Store, quick: None, monkeypatch: pytest
     asleep.release(4)
     claim = read_claim(store, 4)
     assert claim is not None and claim.pid == os.getpid() and claim.worker != asleep._worker
+
+
+class Late(Claims):
+    """A worker that is overtaken by another between reading a dead claim and acting on it."""
+
+    def _is_dead(self, claim: Claim) -> bool:
+        dead = super()._is_dead(claim)
+        assert Claims(self._store).take_over(claim.shard)
+        return dead
+
+
+def test_one_of_many_takes_over(store: Store) -> None:
+    """The others leave the new claim alone, and the death counts once."""
+    child = os.fork()
+    if not child:
+        os._exit(not Claims(store).take(2))
+    os.waitpid(child, 0)
+    worker = Late(store)
+    assert not worker.take_over(2) and not worker.mine
+    claim, failure = read_claim(store, 2), read_failure(store, 2)
+    assert claim is not None and claim.pid == os.getpid() and failure is not None and failure.tries == 1
+
+
+def test_what_is_no_claim_is_replaced(store: Store) -> None:
+    """A file of a claim's name with anything else in it keeps nobody from the shard; one that is gone is no dead worker's."""
+    worker = Claims(store)
+    assert not worker.take_over(2)
+    store.write("work/running-000002.json", b"{")
+    assert not worker.take(2) and worker.take_over(2) and read_failure(store, 2) is None
 
 
 def test_failures_are_counted_and_forgotten(store: Store) -> None:

@@ -52,6 +52,27 @@ def test_claim(tmp_path: Path) -> None:
     assert directory.info() == info()
 
 
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+@pytest.mark.parametrize("name", ["README.md", "gallery.png", "clean/mine.txt", "dad/mine.txt", "manifest/mine.txt", "manifest.parquet"])
+def test_files_of_others_are_not_overwritten(tmp_path: Path, scheme: str, name: str) -> None:
+    """A new run keeps out of a place that holds a name of its own; where there is a run.json, the names are that run's."""
+    directory = RunDir(f"{scheme}{tmp_path}")
+    directory.check_place()
+    directory.store.write("notes.txt", b"")
+    directory.check_place()
+    directory.store.write(name, b"mine")
+    with pytest.raises(UserError, match=rf"{tmp_path}/{name.partition('/')[0]}: is in the way of a new run"):
+        directory.check_place()
+    directory.write_info(info())
+    directory.check_place()
+    assert directory.store.read(name) == b"mine"
+
+
+def test_an_empty_place() -> None:
+    with pytest.raises(UserError, match="OUT: is empty"):
+        RunDir("")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -102,7 +123,7 @@ def test_a_shard_is_done_when_its_part_and_tars_are_there(run: RunDir) -> None:
 def test_the_manifest_joins_all_parts(run: RunDir) -> None:
     """All rows in the order of the shards, the record of every tar, counts that add up."""
     table, tars = run.manifest()
-    parts = run.parts(range(5))
+    parts = [run.part(shard) for shard in range(5)]
     assert table.column("key").to_pylist() == [key for rows, _ in parts for key in rows.column("key").to_pylist()]
     assert tars == [tar for _, record in parts for tar in record.tars] and len(tars) == 10
     counts = run.info().counts or {}

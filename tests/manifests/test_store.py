@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from manifests import Store, UserError
+from manifests import Store, Unwritable, UserError
 
 
 @pytest.fixture(params=["local", "memory", "file-url"])
@@ -53,6 +53,36 @@ def test_ranges(store: Store) -> None:
 def test_a_trailing_slash_does_not_matter(tmp_path: Path) -> None:
     Store(f"{tmp_path}/").write("x", b"1")
     assert Store(tmp_path).read("x") == b"1" and str(Store(f"{tmp_path}/")) == str(tmp_path)
+
+
+def test_the_root_and_whole_stores() -> None:
+    """Of "/" and "scheme://" the slash is no trailing one."""
+    assert str(Store("/")) == "/" and Store("/").where("x") == "/x" and Store("/").exists() and Store("/").exists(__file__[1:])
+    Store("memory://").write("at-the-top", b"1")
+    assert Store("memory://").read("at-the-top") == b"1" == Store("memory:///").read("at-the-top")
+    assert not Path("memory:").exists()
+
+
+def test_writable_or_not(store: Store, tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
+    """Told without leaving anything behind; of a folder that is not there yet by the one above it."""
+    store.check_writable()
+    assert not store.exists() and not any(path for path in tmp_path.iterdir() if path.name != "disk")
+    store.write("x", b"")
+    store.check_writable()
+    assert store.names("") == ["x"]
+    for url in (tmp_path / "file", tmp_path / "file" / "run"):
+        (tmp_path / "file").touch()
+        with pytest.raises(Unwritable, match=f"{url}/: cannot write here"):
+            Store(url).check_writable()
+    disk = small_disk("size=64k")
+    small_disk("remount,ro")
+    with pytest.raises(Unwritable, match=f"{disk}/a/b/: cannot write here"):
+        Store(disk / "a" / "b").check_writable()
+
+
+def test_one_creates(store: Store) -> None:
+    """`create` never replaces a file, and says whose it is."""
+    assert store.create("x", b"first") and not store.create("x", b"second") and store.read("x") == b"first"
 
 
 def test_readers_never_see_a_part_of_a_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from manifests import Store, Unwritable, UserError
+from manifests import Store, Unreachable, Unwritable, UserError
 
 from ..chaos.faulty_store import FaultyProxy
 
@@ -70,6 +70,19 @@ def test_a_cut_upload_is_never_seen(store: Store, faults: dict[str, float], monk
         assert "\n" not in str(caught.value)
     faults.clear()
     assert store.read("old") == b"old" and store.names("") == ["old"]
+
+
+def test_a_store_that_does_not_answer(store: Store, faults: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading is told from writing: one concerns a file, the other the place."""
+    monkeypatch.setattr("manifests.store.PAUSES", (None,))
+    monkeypatch.setattr(type(store.fs), "retries", 1)
+    faults["503"] = 1.0
+    for read in (lambda: store.read("x"), lambda: store.size("x"), lambda: store.names("")):
+        with pytest.raises(Unreachable, match=f"{store}/x?: the store refuses or cannot be reached"):
+            read()
+    for write in (lambda: store.write("x", b""), lambda: store.create("x", b""), lambda: store.remove("x")):
+        with pytest.raises(Unwritable, match=f"{store}/x: the store refuses or cannot be reached"):
+            write()
 
 
 def test_no_such_bucket(object_store: FaultyProxy) -> None:

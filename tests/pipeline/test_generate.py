@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import yaml
 from PIL import Image
 
 from manifests import RunDir, UserError
-from pipeline.generate import make_shards
+from pipeline.generate import make_shards, prepare_job
 from pipeline.verify import problems
+from pipeline.worker import Work, work_through
 from shards import ShardDataset
 
 Digests = Callable[[Path], dict[str, str]]
@@ -135,6 +137,45 @@ def test_an_edited_manifest_is_sealed_again(world, run_copy: Path, finished_run:
     (run_copy / "manifest.parquet").write_bytes(data)
     make_shards(world.load(), str(run_copy))
     assert run_digests(run_copy) == run_digests(finished_run)
+
+
+def test_a_shard_made_after_sealing_without_it(world, run_copy: Path, finished_run: Path, cli) -> None:  # type: ignore[no-untyped-def]
+    """Sealed without shard 1; a later command made it and was killed before it sealed: not called sealed, and the next one seals it."""
+    run = RunDir(run_copy)
+    (run_copy / "manifest" / "part-000001.parquet").unlink()
+    run.seal(run.info(), [0, 2], {1: "out of reach"})
+    for name in ("clean/clean-000001.tar", "dad/dad-000001.tar", "manifest/part-000001.parquet"):
+        shutil.copy(finished_run / name, run_copy / name)
+    assert "not sealed yet" in cli("status", run_copy).out
+    make_shards(world.load(), str(run_copy))
+    for name in ("run.json", "manifest.parquet", "README.md"):
+        assert (run_copy / name).read_bytes() == (finished_run / name).read_bytes()
+
+
+def test_a_shard_made_anew_after_sealing(world, run_copy: Path) -> None:  # type: ignore[no-untyped-def]
+    """Shard 1 was made with other bytes, or other rows, by a command that was killed before it sealed: the next one seals it again."""
+    run = RunDir(run_copy)
+    table, record = run.part(1)
+    for rows, padding in ((table.to_pylist(), 10240), ([row | {"clean_prob": 0.5} for row in table.to_pylist()], 0)):
+        tars = {tar.name.partition("/")[0]: (run.store.read(tar.name) + bytes(padding), tar.samples) for tar in record.tars}
+        run.commit(1, rows, tars, source=record.source, run=record.run)
+        assert list(problems(str(run_copy)))
+        make_shards(world.load(), str(run_copy))
+        assert list(problems(str(run_copy))) == []
+
+
+def test_other_versions(world, run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """A run that goes on with another torch: a note, once, and both in run.json and on the card. Where nothing is made, nothing changes."""
+    run, now = RunDir(run_copy), RunDir(run_copy).info().versions
+    run.write_info(replace(run.info(), versions=now | {"torch": "2.6.0", "pillow": "10.3.0"}))
+    make_shards(world.load(), str(run_copy))
+    assert run.info().versions == now | {"torch": "2.6.0", "pillow": "10.3.0"} and "began with" not in capsys.readouterr().err
+    both = {"torch": f"2.6.0 and {now['torch']}", "pillow": f"10.3.0 and {now['pillow']}"}
+    for notes in (1, 0):
+        run.withdraw(1)
+        make_shards(world.load(), str(run_copy))
+        assert run.info().versions == now | both and f"torch {both['torch']}" in (run_copy / "README.md").read_text()
+        assert capsys.readouterr().err.count(f"began with torch 2.6.0, now {now['torch']}, pillow 10.3.0, now {now['pillow']}: ") == notes
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60) -> None:
@@ -315,6 +356,22 @@ def test_places_that_cannot_be_written(world, cli, small_disk, tmp_path: Path) -
     assert "cannot write here" in cli("generate", "--recipe", world.recipe, "--out", disk / "run").error
 
 
+def test_a_place_is_looked_at_first(world, cli, small_disk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Before the models are read: those of this recipe are not there."""
+    disk = small_disk("size=64k")
+    small_disk("remount,ro")
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "README.md").write_text("mine")
+    for out, line in (
+        (disk / "run", "cannot write here"),
+        (tmp_path / "paper", "README.md: is in the way of a new run"),
+        ("", "OUT: is empty"),
+    ):
+        command = ("generate", "--recipe", world.recipe, "--out", out, "--set", "discretizer.weights=gone")
+        assert line in cli(*command).error
+    assert (tmp_path / "paper" / "README.md").read_text() == "mine" and len(list((tmp_path / "paper").iterdir())) == 1
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/run", "nonsense://x/run"])
 def test_urls_that_cannot_be_opened(world, cli, url: str) -> None:  # type: ignore[no-untyped-def]
     """A protocol that fsspec does not know, or whose package is not installed: one line that names the URL."""
@@ -353,6 +410,31 @@ class Record:
 
 def rows_of(run: Path) -> list[Record]:
     return [Record(row) for row in RunDir(run).manifest()[0].to_pylist()]
+
+
+def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """Images that cannot be read any more are left out; where the source has gone altogether, a note says so."""
+    images, out = Path(shutil.copytree(world.images, tmp_path / "images")), tmp_path / "run"
+    recipe = world.load(f"source.data={images}")
+    make_shards(recipe, str(out))
+    drawn = (out / "gallery.png").read_bytes()
+    job = prepare_job(recipe, str(out))
+    row = next(row for row in job.out.part(0)[0].to_pylist() if row["status"] == "verified")
+    (cut,) = (path for path in images.rglob("*.jpg") if row["key"].endswith(path.stem))
+    cut.write_bytes(cut.read_bytes()[:100])
+    for name in ("gallery.png", "manifest.parquet"):
+        (out / name).unlink()
+    make_shards(recipe, str(out))
+    assert (out / "manifest.parquet").exists() and 10_000 < len((out / "gallery.png").read_bytes()) != len(drawn)
+
+    (out / "gallery.png").unlink()
+    tars = Path(shutil.copytree(world.tars, tmp_path / "tars"))
+    pieces = prepare_job(world.load(f"source.data={tars}"), str(tmp_path / "other")).plan.pieces
+    shutil.rmtree(tars)
+    work_through(Work(recipe=recipe, out=str(out), run=job.info.fingerprint, todo=(), pieces=pieces), models=models)
+    told = capsys.readouterr()
+    assert f"note: {out}/gallery.png could not be drawn: source.data: {tars}/source-0.tar: no such file" in told.err
+    assert not (out / "gallery.png").exists() and not (out / "work").exists()
 
 
 def test_card_and_gallery(finished_run: Path) -> None:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
+import fsspec
 import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import RunDir, UserError
-from manifests.claims import Claims, look, read_claim, read_failure
-from pipeline.generate import make_shards
+from manifests.claims import Claims, look, read_claim, read_failure, record_failure
+from pipeline.classes import load_classes
+from pipeline.generate import make_shards, prepare_job
+from pipeline.launchers import local
 from pipeline.launchers.local import devices
+from pipeline.recipe import Recipe
+from pipeline.sources import plan_source
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
-from pipeline.worker import Work, unfinished
+from pipeline.worker import Work, _free_shards, _Pace, unfinished, work_through
 from shards import ShardDataset
 
 Digests = Callable[[Path], dict[str, str]]
@@ -113,11 +123,38 @@ def test_a_worker_s_complaint(world, cli, tmp_path: Path) -> None:  # type: igno
     assert told.status == 2 and told.err.splitlines()[-1].startswith("error: device: 'cuda:7' is not usable here")
 
 
+@pytest.mark.slow
+def test_one_bad_device(  # type: ignore[no-untyped-def]
+    world, finished_run: Path, run_digests: Digests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker on it says why and leaves; the other makes all shards."""
+    monkeypatch.setattr(local, "devices", lambda recipe: ["cuda:7", "cpu"])
+    monkeypatch.setattr("pipeline.generate.devices", local.devices)
+    make_shards(world.load(), str(tmp_path / "run"))
+    assert run_digests(tmp_path / "run") == run_digests(finished_run)
+    assert "a worker has left: device: 'cuda:7' is not usable here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_disk_too_small_for_several_workers(world, cli, small_disk: Callable[[str], Path]) -> None:  # type: ignore[no-untyped-def]
+    """No worker could go on: the first to find out ends the command."""
+    told = cli("generate", "--recipe", world.recipe, "--out", small_disk("size=24k") / "run", "--workers", "2")
+    assert told.status == 2 and "the disk is full" in told.err.splitlines()[-1] and "a worker has left" not in told.err
+
+
+def begin(recipe: Recipe, out: Path, occupied: Iterable[int]) -> None:
+    """A run of which nothing is made yet but run.json, and folders in place of the tars of some shards: no file can take these names."""
+    job = prepare_job(recipe, str(out))
+    job.out.claim(job.info)
+    for shard in occupied:
+        (out / "dad" / f"dad-{shard:06d}.tar").mkdir(parents=True)
+
+
 def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Tried three times, then named with its reason, status 2, not sealed; the others are done. --allow-missing seals without it and
     records why; when the reason is gone the same command completes the set."""
     out = tmp_path / "run"
-    (out / "dad" / "dad-000001.tar").mkdir(parents=True)  # no file can take this name
+    begin(world.load(), out, [1])
     command = ("generate", "--recipe", world.recipe, "--out", out)
     told = cli(*command)
     line = told.err.splitlines()[-1]
@@ -143,11 +180,68 @@ def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests
 def test_a_broken_worker_does_not_eat_every_shard(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Shard after shard fails for no reason of the source: the worker ends and says why, before every shard is given up."""
     out = tmp_path / "run"
-    for shard in range(3):
-        (out / "dad" / f"dad-{shard:06d}.tar").mkdir(parents=True)
+    begin(world.load(), out, range(3))
     with pytest.raises(UserError, match=r"2 shards in a row failed, the last with IsADirectoryError"):
         make_shards(world.load("launch.retries=1"), str(out))
     assert not list(claims_of(out))
+
+
+class Guarded(MemoryFileSystem):  # type: ignore[misc]
+    """A store that refuses to give some of its objects."""
+
+    protocol = "guarded"
+    refused = ""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.removeprefix("guarded://")))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
+        if self.refused and self.refused in path:
+            raise PermissionError("Forbidden")
+        return bytes(super().cat_file(path, start=start, end=end, **options))
+
+
+@pytest.mark.parametrize("kind", ["images", "tars"])
+def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:  # type: ignore[no-untyped-def]
+    """A file of a folder becomes a row with status error, a tar a shard that failed; the rest is made. Only OUT ends a worker."""
+    fsspec.register_implementation("guarded", Guarded, clobber=True)
+    folder, url, out = getattr(world, kind), f"guarded://{tmp_path}", tmp_path / "run"
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        Guarded().pipe_file(f"{tmp_path}/{path.relative_to(folder)}", path.read_bytes())
+    job = prepare_job(world.load(f"source.data={url}"), str(out))
+    job.out.claim(job.info)
+    monkeypatch.setattr(Guarded, "refused", {"images": "img_020", "tars": "source-1.tar"}[kind])
+    work = Work(recipe=job.recipe, out=str(out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    work_through(work, models=job.models)
+    reason = "the store refuses or cannot be reached (Forbidden)"
+    if kind == "tars":
+        failure = read_failure(job.out.store, 1)
+        assert job.out.shards_with_parts() == {0, 2} and failure is not None and failure.tries == 3 and reason in failure.reason
+    else:
+        rows = {row["key"]: row for row in job.out.join(range(3))[0].to_pylist()}
+        (key,) = (key for key in rows if key.endswith("img_020"))
+        assert len(rows) == 36 and rows[key]["status"] == "error" and rows[key]["reason"].startswith("cannot read the file: guarded:/")
+        assert sum(row["status"] == "error" for row in rows.values()) == 2
+
+
+class Greedy(torch.nn.Module):
+    """A teacher that wants more memory than there is."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.empty(1 << 58).expand(len(images), -1)
+
+
+def test_a_batch_that_does_not_fit(world, models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One line that names the field to lower, in the record of the shard and as the last word of the worker."""
+    job = prepare_job(world.load("launch.retries=1"), str(tmp_path / "run"))
+    job.out.claim(job.info)
+    work = Work(recipe=job.recipe, out=str(job.out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    line = r"batch: 5 images do not fit into memory; lower batch \(which makes another run: choose another OUT\) \(.*can't allocate memory"
+    with pytest.raises(UserError, match=f"2 shards in a row failed, the last with {line}") as caught:
+        work_through(work, models=replace(models, teacher_model=Greedy()))
+    failure = read_failure(job.out.store, 0)
+    assert failure is not None and re.match(line, failure.reason) and "\n" not in str(caught.value)
 
 
 def test_another_writer_comes_late(world, finished_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -182,6 +276,17 @@ def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type:
     work = Work(recipe=world.load(), out=str(out), run="", todo=(0, 1, 2), pieces=())
     left, given_up = unfinished(work, RunDir(out))
     assert left == [0, 2] and list(given_up) == [1]
+
+
+def test_what_failed_comes_last(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Workers begin at different places, each with the shards that failed least often."""
+    pieces = plan_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
+    work, out = Work(recipe=world.load(), out=str(tmp_path), run="", todo=(0, 1, 2), pieces=pieces), RunDir(tmp_path)
+    record_failure(out.store, 1, "once")
+    for index, order in enumerate(([0, 2, 1], [2, 0, 1], [2, 0, 1])):
+        with Claims(out.store) as claims:
+            free = _free_shards(work, out, claims, _Pace(), index, 3)
+            assert [entry and entry[0] for entry in islice(free, 4)] == [*order, None]
 
 
 def test_devices(world) -> None:  # type: ignore[no-untyped-def]

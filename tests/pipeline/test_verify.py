@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from manifests import RunDir, UserError
 from manifests.rows import TarRecord, encode_part, encode_table
 from manifests.rundir import part_name
 from pipeline.generate import make_shards
-from pipeline.verify import problems, reinfer, summary
+from pipeline.models import Models
+from pipeline.verify import _infer, problems, reinfer, summary
 from shards import TarWriter, iterate_tar
 from shards.codec import encode_array
 
@@ -298,3 +300,13 @@ def test_another_teacher(world, finished_run: Path, tmp_path: Path) -> None:  # 
     save_file(weights, clip / "open_clip_model.safetensors")
     with pytest.raises(UserError, match=r"teacher\.model: this is not the teacher that labelled"):
         list(reinfer(str(finished_run), 5, 0, (f"teacher.model=local-dir:{clip}",)))
+
+
+def test_only_the_teacher_is_asked(finished_run: Path, models: Models) -> None:
+    """No VQGAN is needed; and a CPU looks at the samples that were asked for, however large the batches of the run."""
+    assert list(reinfer(str(finished_run), 5, 0, ("discretizer.weights=gone.safetensors",))) == []
+    seen: list[int] = []
+    hook = models.teacher_model.register_forward_pre_hook(lambda _model, images: seen.append(len(images[0])))
+    _infer([torch.zeros(3, 32, 32, dtype=torch.uint8)] * 3, models, 512)
+    hook.remove()
+    assert seen == [3]

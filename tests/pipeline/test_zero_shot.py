@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -99,3 +100,33 @@ def test_a_damaged_copy(clip: Path, computed: list[int]) -> None:
     (kept,) = zero_shot.cache_folder().iterdir()
     kept.write_bytes(kept.read_bytes()[:50])
     assert torch.equal(head(clip), first) and computed == [10, 10]
+
+
+def test_a_cache_folder_that_cannot_be_used(
+    clip: Path, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head is used all the same, and a note says that it is not kept."""
+    first = head(clip)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert torch.equal(head(clip), first) and computed == [10, 10]
+    assert f"not kept for the next time ({tmp_path}/file/" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that the system does not know")
+def test_a_user_without_a_home(clip: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without a name: no folder to keep it in, and no need of one."""
+    import open_clip
+
+    classes, model = load_classes(clip / "prompts.yaml"), open_clip.create_model(f"local-dir:{clip}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{clip}")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    child = os.fork()
+    if not child:
+        os.setuid(54321)
+        try:
+            os._exit(zero_shot.cached_head(model, tokenizer, classes.names, classes.templates, {}).shape != (16, 5))
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0

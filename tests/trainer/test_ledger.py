@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from trainer import online
+from shards import TrainingReader
+from trainer import ledger, online
 from trainer.cost import main
-from trainer.ledger import PAPER, Models, Timing, clock, schemes, table, totals_of
+from trainer.ledger import PAPER, Models, Timing, clock, schemes, table, totals_of, whole_bursts
 from trainer.recipe import load
 from trainer.run import open_reader
 from trainer.step import split_batch
@@ -57,6 +59,35 @@ def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images(monkeypa
     timing = clock(batches(), step, 2, torch.device("cpu"))
     assert timing.seconds == pytest.approx(3 * (1 + 3) / 12)
     assert timing.waiting == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize(("steps", "workers", "timed"), [(5, 0, 5), (5, 1, 5), (5, 12, 24), (30, 12, 36), (1, 2, 4)])
+def test_workers_deliver_in_bursts_and_whole_ones_are_timed(steps: int, workers: int, timed: int) -> None:
+    assert whole_bursts(steps, workers) == timed
+
+
+def test_no_scheme_reads_what_another_has_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever came second would find the samples in memory. Each turn begins with another scheme."""
+    asked: list[int] = []
+    begun: list[str] = []
+    read = TrainingReader.batches
+
+    def batches(reader: TrainingReader, epoch: int, *given: Any, **named: Any) -> Iterator[Any]:
+        if named:  # not of the generation
+            asked.append(epoch)
+        return read(reader, epoch, *given, **named)
+
+    def note(_batches: Any, step: Any, *_: Any) -> Timing:
+        begun.append(step.args[0].name if isinstance(step, partial) else "generation")
+        return Timing(1, 0)
+
+    monkeypatch.setattr(TrainingReader, "batches", batches)
+    monkeypatch.setattr(ledger, "clock", note)
+    models = Models(torch.nn.Identity(), online.no_discretizer, lambda _x, _y: None)
+    settings = load("demo", [f"shards={tiny_run}", "batch=10", "student=test_vit", "threads=1"])
+    timings, generation = ledger.measure(settings, models, torch.device("cpu"), steps=1, repeats=3)
+    assert len(asked) == len(set(asked)) == 3 * len(timings) and len(generation) == 3
+    assert [begun[turn * (len(timings) + 1) + 1] for turn in range(3)] == list(timings)[:3]
 
 
 @pytest.mark.slow

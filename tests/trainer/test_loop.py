@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from manifests import UserError
+from manifests import RunDir, UserError
 from manifests.progress import progress
 from shards import Batch, TrainingReader
+from trainer import loop
 from trainer.checkpoint import BEST, LAST, StudentDir
 from trainer.loop import end_epoch, train, train_epoch
 from trainer.metrics import Log, Meter
@@ -28,7 +31,7 @@ from trainer.run import prepare
 from trainer.step import Losses, train_step
 from trainer.student import create_student
 
-from .conftest import CLASSES, SIDE, write_image_set, write_run
+from .conftest import CLASSES, PER_SHARD, SIDE, write_image_set, write_run
 
 STUDENT = "test_resnet"  # timm's smallest
 PROJECT = Path(__file__).resolve().parents[2]
@@ -322,3 +325,34 @@ def test_the_cost_counts_validation(tiny_run: Path, tmp_path: Path, capsys: pyte
     assert "minutes of validation" in capsys.readouterr().out
     state = run.load_last()
     assert state is not None and state["progress"]["validated"] > 0
+
+
+def test_shards_sealed_anew_begin_the_epoch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sealed without a shard, stopped in mid-epoch, healed: the samples of the epoch are others, and each is seen once from then on."""
+    shards = RunDir(write_run(tmp_path / "run"))
+    info, left_out = shards.info(), [tmp_path / "run" / stream / f"{stream}-000002.tar" for stream in ("clean", "dad")]
+    kept = [tar.read_bytes() for tar in left_out]
+    shards.seal(replace(info, counts=None, manifest_sha256=None), (0, 1), {2: "failed 3 times"})
+    settings = recipe(tmp_path / "run", "epochs=1", "checkpoint_minutes=0", "batch=4")
+    seen: list[str] = []
+
+    def spy(*given: Any, **named: Any) -> Losses:
+        if len(seen) == 12 and shards.info().missing:
+            raise InterruptedError
+        seen.extend(given[2]["clean"].keys)
+        return train_step(*given, **named)
+
+    monkeypatch.setattr(loop, "train_step", spy)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    with pytest.raises(InterruptedError):
+        train(settings, str(tmp_path / "student"))
+    assert "was sealed without 1 of its shards" in capsys.readouterr().out
+    for tar, data in zip(left_out, kept, strict=True):
+        tar.write_bytes(data)
+    shards.seal(replace(info, counts=None, manifest_sha256=None), (0, 1, 2))
+    seen.clear()
+    train(settings, str(tmp_path / "student"))
+    assert "sealed anew since the last checkpoint; the epoch begins again" in capsys.readouterr().err
+    assert len(seen) == len(set(seen)) == 3 * PER_SHARD // 4 * 4

@@ -33,3 +33,13 @@ def test_a_tensor_that_does_not_fit_is_a_user_error() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="size"), memory_errors():
         torch.ones(2) + torch.ones(3)
+
+
+def misread(_images: torch.Tensor, _generator: torch.Generator) -> torch.Tensor:
+    raise RuntimeError("permitted channel values are 1 or 3")
+
+
+def test_an_error_in_a_loader_worker_is_not_its_death(tiny_run: Path) -> None:
+    batches = TrainingReader(str(tiny_run), batch_size=8).batches(0, workers=1, transform=misread)
+    with pytest.raises(RuntimeError, match="permitted channel values"), memory_errors():
+        list(batches)
