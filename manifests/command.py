@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from .recipe import as_tree
 
 USER_ERROR = 2
 INTERRUPTED = 130
+FAREWELL = "\ninterrupted; what was finished is kept, and the same command goes on from there"
 
 
 class ProjectGroup(click.Group):
@@ -61,7 +63,7 @@ class ProjectGroup(click.Group):
         except KeyboardInterrupt:
             if debug:
                 traceback.print_exc()
-            click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
+            click.echo(FAREWELL, err=True)
             sys.exit(INTERRUPTED)
 
 
@@ -75,8 +77,13 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
-def _leave(number: int, _frame: Any) -> None:
+def _leave(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it now
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":  # some libraries abort when an exception meets their import
+            click.echo(FAREWELL, err=True)
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # until the command line has its own: torch takes a second to import, and an exception in there a stack trace
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted before anything was done\n"), os._exit(130)))
+
 import secrets
 import time
 from pathlib import Path

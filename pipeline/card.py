@@ -46,7 +46,7 @@ VQGAN, and kept only if the teacher still classifies it correctly (Discrete Adve
 | unusable source samples (in the manifest, with the reason) | {counts.get("error", 0):,} | |
 
 Verified images: mean teacher loss {_mean(verified, "loss_clean")} on the clean image, {_mean(verified, "loss_attacked")} after the attack,
-{_mean(verified, "loss_dad")} after discretization; {_mean(verified, "codes_changed")} of the codes differ from the unattacked image's.
+{_mean(verified, "loss_dad")} after discretization.{_codes(verified)}
 
 ## Reading it
 ```python
@@ -72,6 +72,16 @@ Made with {versions}.
 
 The images derive from the source images and stand under the source's licence.
 """
+
+
+def _codes(table: pa.Table) -> str:
+    """Empty for a discretizer without codes."""
+    if pc.mean(table.column("codes_changed")).as_py() is None:
+        return ""
+    return (
+        f" The share of codes in which x″ differs from Q(x) is {_mean(table, 'codes_changed')};\n"
+        "this is no measure of the attack, for Q is not idempotent: unattacked, Q(Q(x)) differs from Q(x) as well."
+    )
 
 
 def _mean(table: pa.Table, column: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
@@ -88,7 +89,12 @@ def _start(work: Work, index: int, count: int, done: int) -> _Slot:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(work, index, count, sending), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # which unblocks, when it is started
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends Ctrl-C to all; the parent says what to do
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sending.close()
     return _Slot(process, receiving, done)
 
@@ -103,7 +109,6 @@ def _end(processes: list[SpawnProcess]) -> None:
 
 def _worker(work: Work, index: int, count: int, complaint: Connection) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent says what to do
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:

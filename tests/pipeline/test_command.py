@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +147,41 @@ def test_verify_fails_with_status_1(cli, run_copy: Path) -> None:  # type: ignor
     failed = [line for line in told.out.splitlines() if line.startswith("FAILED ")]
     assert told.status == 1 and len(failed) == 2 and "Traceback" not in told.err
     assert "clean-000000.tar" in failed[0] and "dad-000001.tar: missing" in failed[1]
+
+
+def test_ctrl_c_in_the_first_second(world, start: Callable[..., subprocess.Popen[str]]) -> None:  # type: ignore[no-untyped-def]
+    """While torch is being imported: one line and status 130, no stack trace."""
+    process = start("recipe", world.recipe)
+    end = time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None and time.monotonic() < end
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "\ninterrupted before anything was done\n") and process.returncode == 130
+
+
+IMPORTING = """
+import sys
+import click
+from manifests.command import ProjectGroup
+
+@click.group(cls=ProjectGroup)
+def main(): ...
+
+@main.command()
+def go():
+    sys.path.insert(0, sys.argv[1])
+    import confused
+
+main(["go"])
+"""
+
+
+def test_ctrl_c_in_an_import(python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    """A command imports what it needs when it begins; what a library makes of an interruption then is not shown."""
+    module = "import os, signal\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n  raise ImportError('half there')\n"
+    (tmp_path / "confused.py").write_text(module)
+    told = python(IMPORTING, tmp_path)
+    assert told.returncode == 130 and told.stderr.startswith("\ninterrupted; ") and "Traceback" not in told.stderr
 
 
 def test_a_reader_that_leaves(world, start: Callable[..., subprocess.Popen[str]]) -> None:  # type: ignore[no-untyped-def]

@@ -412,6 +412,19 @@ def rows_of(run: Path) -> list[Record]:
     return [Record(row) for row in RunDir(run).manifest()[0].to_pylist()]
 
 
+def test_codes_change_without_an_attack(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Q is not idempotent: `codes_changed` is no measure of the attack, and the card says so where there are codes."""
+    for kind, without in (("vqgan", False), ("identity", True)):
+        out = tmp_path / kind
+        make_shards(world.load("attack.eps=0", f"discretizer.kind={kind}", "output.codes=false"), str(out))
+        table, _ = RunDir(out).manifest()
+        assert max(table.column("delta_l2").drop_null().to_pylist()) == 0
+        assert (table.column("codes_changed").null_count == table.num_rows) == without
+        assert ("Q is not idempotent" in (out / "README.md").read_text()) != without
+    changed = RunDir(tmp_path / "vqgan").manifest()[0].column("codes_changed").drop_null().to_pylist()
+    assert sum(changed) / len(changed) > 0.1
+
+
 def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     """Images that cannot be read any more are left out; where the source has gone altogether, a note says so."""
     images, out = Path(shutil.copytree(world.images, tmp_path / "images")), tmp_path / "run"

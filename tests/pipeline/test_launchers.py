@@ -117,6 +117,16 @@ def test_ctrl_c(world, start: Start, cli, tmp_path: Path) -> None:  # type: igno
     assert "3 missing" in cli("status", out).out
 
 
+@pytest.mark.slow
+def test_ctrl_c_never_reaches_a_worker(world, start: Start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """From its first moment on, when an exception would come out of somebody's import: the parent says what to do."""
+    process = start("generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", *SLOW)
+    wait_for(lambda: len(children(process.pid)) == 2)
+    for child in children(process.pid):
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{child}/status").read_text())
+        assert blocked is not None and int(blocked[1], 16) & 1 << (signal.SIGINT - 1)
+
+
 def test_a_worker_s_complaint(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """What a worker finds wrong with the recipe is the command's one line."""
     told = cli("generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", "--set", "device=cuda:7")
