@@ -19,9 +19,7 @@ from shards.tar import clean_key, index_tar, iterate_tar, split_name
 
 from ..classes import ClassList
 from .place import PIPE, copy_into, file_name, file_size, is_local, open_file
-from .sample import EXACT, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
-
-SLACK = 1.25  # a tar of up to this many times the shard size stays one piece
+from .sample import EXACT, SLACK, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,11 @@ import yaml
 from PIL import Image
 
 from manifests import RunDir, UserError
-from pipeline.generate import make_shards
+from pipeline.generate import make_shards, near_chance
 from pipeline.verify import problems
 from shards import ShardDataset
+
+from ..conftest import write_tar
 
 Digests = Callable[[Path], dict[str, str]]
 
@@ -353,6 +355,30 @@ class Record:
 
 def rows_of(run: Path) -> list[Record]:
     return [Record(row) for row in RunDir(run).manifest()[0].to_pylist()]
+
+
+def test_labels_that_are_not_the_teachers_are_told(world, finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """72 images under the next class's number, as a class list in another order gives: one line at the end; with the right ones none."""
+    table, _ = RunDir(finished_run).manifest(["key", "clean_pred"])
+    sees = {row["key"]: row["clean_pred"] for row in table.to_pylist() if row["clean_pred"] is not None}
+    images = {
+        str(path.relative_to(world.images).with_suffix("")).replace("/", "-"): path.read_bytes() for path in world.images.rglob("*.jpg")
+    }
+    for shift in (0, 1):
+        source = tmp_path / f"{shift}.tar"
+        samples = [(f"{again}-{key}", images[key], (label + shift) % 5) for again in range(2) for key, label in sees.items()]
+        write_tar(source, [m for key, image, label in samples for m in ((f"{key}.jpg", image), (f"{key}.cls", str(label).encode()))])
+        make_shards(world.load(f"source.data={source}", "attack.steps=0"), str(tmp_path / f"run{shift}"))
+        said = [line for line in capsys.readouterr().err.splitlines() if "guessing" in line]
+        assert len(said) == shift
+    assert said[0].startswith("note: on 0.0% of the clean images the teacher sees the label; guessing sees it on 20.0%.")
+
+
+def test_few_samples_raise_no_doubt_about_the_labels() -> None:
+    """Of 1000 classes, 250 samples without a hit say nothing yet; of 1.28 million, 1.2 % right (12 of 1000 classes in place) say it."""
+    assert not near_chance(0, 250, 1000) and near_chance(0, 400, 1000)
+    assert near_chance(15_360, 1_280_000, 1000) and not near_chance(100_000, 1_280_000, 1000)
+    assert not near_chance(0, 0, 1000) and not near_chance(40, 100, 2) and near_chance(5_000, 10_000, 2)
 
 
 def test_card_and_gallery(finished_run: Path) -> None:
