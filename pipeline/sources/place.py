@@ -63,9 +63,9 @@ def copy_into(url: str, target: IO[bytes]) -> None:
 
 
 def list_files(folder: str, extension: str) -> list[str]:
-    """Sorted paths or URLs of the files directly in a folder that end in ``.extension``."""
+    """Sorted paths or URLs of the files directly in a folder that end in ``.extension``; without hidden ones."""
     store = Store(folder)
-    return [store.where(name) for name in store.names("") if name.endswith(f".{extension}")]
+    return [store.where(name) for name in store.names("") if name.endswith(f".{extension}") and not name.startswith(".")]
 
 
 def common_extension(urls: Sequence[str]) -> str | None:
