@@ -68,7 +68,8 @@ def open_tar(url: str) -> IO[bytes]:
     try:
         if url.startswith(PIPE):
             command = url.removeprefix(PIPE)
-            status = subprocess.run(command, shell=True, executable="/bin/bash", stdout=spool, check=False).returncode
+            shell = ["bash", "-o", "pipefail", "-c", command]  # a download that fails before a `|` is a failure
+            status = subprocess.run(shell, stdout=spool, check=False).returncode
             if status:
                 raise UserError(f"source.data: {url}: the command ended with status {status}")
         else:

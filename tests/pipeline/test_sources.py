@@ -194,8 +194,9 @@ def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
         plan_source(str(tmp_path), CLASSES, 10)
     (tmp_path / "b.tar").unlink()
     write_tar(tmp_path / "a.tar", [("x.jpg", b""), ("x.jpg", b"")])
-    with pytest.raises(UserError, match=r"a\.tar: two members x\.jpg"):
+    with pytest.raises(UserError, match=r"a\.tar: key 'x' occurs twice"):
         plan_source(str(tmp_path), CLASSES, 10)
+    assert [piece.count for piece in plan_source(str(tmp_path), CLASSES, 10, "place").pieces] == [2]
     for name in ("n1/k.jpg", "n1/k.png"):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(b"")

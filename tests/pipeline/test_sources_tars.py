@@ -95,9 +95,15 @@ def test_commands(folder: Path) -> None:
     assert one.exact and one.samples == 4 and read(one) == expected[:4]
 
 
-@pytest.mark.parametrize("command", ["exit 3", "cat {folder}/train-000000.tar; exit 3", "head -c 1500 {folder}/train-000000.tar", "true"])
+FAILING = (
+    "exit 3", "cat {folder}/train-000000.tar; exit 3", "(cat {folder}/train-000000.tar; exit 3) | cat",
+    "head -c 1500 {folder}/train-000000.tar", "true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FAILING)
 def test_a_command_that_fails(folder: Path, command: str) -> None:
-    """A status other than 0 is named though the output looked whole; so is an output that is cut off, or empty."""
+    """A status other than 0, also before a `|`, is named though the output looked whole; so is an output that is cut off, or empty."""
     data = f"pipe:{command.format(folder=folder)}"
     with pytest.raises(UserError, match=r"pipe:.*(ended with status 3|not a readable tar)") as caught:
         plan_source(data, CLASSES, 100)
@@ -158,6 +164,22 @@ def test_every_cut_of_a_tar_is_exact(tmp_path: Path) -> None:
         ]
         keys = [sample.key for piece in pieces for sample in piece.samples(CLASSES)]
         assert keys == whole, cut
+
+
+def test_a_tar_cut_between_members_is_named_by_its_last_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that stopped where a member ends: refused when all headers are read, and otherwise by the piece that comes to its end."""
+    path = write(tmp_path / "t.tar", [f"k{i}" for i in range(40)])
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[60].offset
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(it stops at byte"):
+        plan_source(str(path), CLASSES, 10)
+    whole = write(tmp_path / "a.tar", [f"a{i}" for i in range(40)])
+    monkeypatch.setattr(tars, "EXACT", 10)
+    plan = plan_source(f"{whole}::{path}", CLASSES, 10)
+    with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(it stops at byte"):
+        list(plan.pieces[-1].samples(CLASSES))
+    assert all(sample.problem is None for piece in plan.pieces[:-1] for sample in piece.samples(CLASSES))
 
 
 def test_large_sources_are_looked_into_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
