@@ -156,8 +156,8 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
                     if len(data) != member.size:
                         raise tarfile.ReadError("unexpected end of data")
                     current.members[extension] = data
-            # tarfile takes a damaged header, or the end of the file, for the end of the archive. Two blocks of zeros mark that; one is asked
-            # for, and only zeros may follow: a tar that was cut off between two members has none.
+            # tarfile takes a damaged header, or the end of the file, for the end of the archive. Two blocks of zeros mark that; one is
+            # asked for, and only zeros may follow: a tar that was cut off between two members has none.
             file.seek(tar.offset)
             if len(file.read(BLOCK)) < BLOCK:
                 raise tarfile.ReadError(f"it stops at byte {tar.offset} without the zeros that end a tar")
