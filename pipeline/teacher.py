@@ -115,9 +115,7 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
     function = {"model": architecture, "quick_gelu": _has_quick_gelu(model), "tokenizer": bpe}
     if settings.weights == RANDOM:
         templates: Sequence[str] = ()
-        head = F.normalize(
-            torch.randn(model.text_projection.shape[1], len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0
-        )
+        head = F.normalize(torch.randn(_embed_dim(architecture), len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0)
     else:
         templates = _templates(settings, classes)
         head = cached_head(model.to(device), tokenizer, classes.names, templates, function) if with_head else torch.empty(0)
@@ -129,9 +127,17 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         mean=preprocess.get("mean", OPENAI_MEAN),
         std=preprocess.get("std", OPENAI_STD),
         head=head,
-        scale=float(model.logit_scale.detach().exp()),
+        scale=float(model.logit_scale.detach().exp()),  # SigLIP's logit_bias, the same for all classes, changes no softmax and no argmax
         made_from={**function, "classes": classes.names, "templates": templates},
     )
+
+
+def _embed_dim(architecture: str | Mapping[str, Any]) -> int:
+    """Width of the features that images and texts share; the text tower says it in another place in every kind of model."""
+    import open_clip
+
+    config: Any = open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture
+    return int(config["embed_dim"])
 
 
 def _has_quick_gelu(model: nn.Module) -> bool:
@@ -161,7 +167,7 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
     if weights is None:
         raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
     if weights == RANDOM:
-        return _create(name, None)
+        return _create(name, RANDOM)
     if weights in open_clip.list_pretrained_tags_by_model(name):  # open_clip itself would only warn of the wrong activation
         return _create(name, weights, force_quick_gelu=bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu")))
     path = find_file(weights, "teacher.weights")
@@ -177,7 +183,10 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
 
 
 def _create(name: str, weights: str | None, *, bpe_path: str | None = None, force_quick_gelu: bool = False) -> tuple[Any, object]:
-    """open_clip's model and tokenizer. Raises UserError for whatever open_clip or a download raises."""
+    """open_clip's model and tokenizer; with random weights no tokenizer, which may be a download of its own.
+
+    Raises UserError for whatever open_clip or a download raises.
+    """
     import open_clip
 
     before = logging.getLogger().level
@@ -185,7 +194,9 @@ def _create(name: str, weights: str | None, *, bpe_path: str | None = None, forc
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=force_quick_gelu)
+            model = open_clip.create_model(name, pretrained=None if weights == RANDOM else weights, force_quick_gelu=force_quick_gelu)
+        if weights == RANDOM:
+            return model, None
         return model, open_clip.get_tokenizer(name, **({"bpe_path": bpe_path} if bpe_path else {}))
     except Exception as error:
         raise UserError(f"teacher: cannot load {name} with weights {weights}: {' '.join(str(error).split())[:300]}") from error
