@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from manifests import RunDir, RunInfo, UserError
 from manifests.claims import clear, forget, look
 from manifests.progress import progress
-from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
+from manifests.recipe import apply_overrides, identity, make_recipe
 from manifests.rundir import MANIFEST, RUN, count_statuses
 
 from .batch_job import Row
@@ -28,7 +28,7 @@ from .gallery import GALLERY
 from .launchers import find_launcher
 from .launchers.local import devices
 from .models import Models, fingerprints, load_models
-from .recipe import Recipe
+from .recipe import Recipe, as_published
 from .sources import SourcePlan, plan_source
 from .status import Survey
 from .worker import Work, unfinished, work_through
@@ -61,7 +61,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
     models = models and replace(models, batch=recipe.batch)
     info = RunInfo(
-        recipe=as_tree(recipe),
+        recipe=as_published(recipe),
         identity=identity(recipe),
         fingerprints=fingerprints(recipe, classes, models) | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),

@@ -11,7 +11,7 @@ from manifests import Store, UserError
 from ..classes import ClassList
 from .folder import plan_folder
 from .parquet import plan_parquet
-from .place import common_extension, expand, file_name, list_files
+from .place import PIPE, common_extension, expand, file_name, list_files
 from .sample import KeyRule, Piece, SourceSample
 from .tars import plan_tars
 
@@ -83,5 +83,5 @@ def _look_into(root: str, classes: ClassList) -> tuple[str | None, list[str]]:
 def _refuse_namesakes(urls: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for url in urls:
-        if (other := seen.setdefault(file_name(url), url)) is not url:
+        if not url.startswith(PIPE) and (other := seen.setdefault(file_name(url), url)) is not url:
             raise UserError(f"source.data: {other} and {url} have the same name, from which keys are made; rename one")

@@ -272,7 +272,7 @@ def test_other_content_under_the_same_names_is_refused(world, run_copy: Path, tm
     tower["visual.proj"][0] += 1
     save_file(tower, clip / "open_clip_model.safetensors")
     lists = yaml.safe_load((world.clip / "prompts.yaml").read_text())
-    lists["comment"] = "names as before"
+    lists["folders"].reverse()
     (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(lists))
     fewer = Path(shutil.copytree(world.tars, tmp_path / "tars"))
     (fewer / "source-2.tar").unlink()
@@ -286,6 +286,26 @@ def test_other_content_under_the_same_names_is_refused(world, run_copy: Path, tm
         with pytest.raises(UserError, match=f"already holds shards made with another recipe: the {name} "):
             make_shards(world.load(field), str(run_copy))
     assert times(run_copy) == before
+
+
+def test_what_changes_nothing_may_change(world, run_copy: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A comment or a field that nobody reads in the file of the class list; templates that are not used, for the teacher has its own."""
+    lists = yaml.safe_load((world.clip / "prompts.yaml").read_text())
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"templates": lists["templates"]}))
+    (tmp_path / "prompts.yaml").write_text("# a comment\n" + yaml.safe_dump(lists | {"templates": ["not used: {}"], "more": 1}))
+    make_shards(world.load(f"source.classes={tmp_path / 'prompts.yaml'}", f"teacher.templates={own}"), str(run_copy))
+
+
+def test_a_command_s_secrets_are_not_published(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A token in a `pipe:` command is in no file of the run, neither when it fails, and with another token the run goes on."""
+    out, work = tmp_path / "run", f"TOKEN=%s; cat {world.tars}/source-0.tar"
+    for token in ("s3cret-one", "s3cret-two"):
+        make_shards(world.load(f"source.data=pipe:{work % token}", "source.keys=place"), str(out))
+    with pytest.raises(UserError) as caught:
+        make_shards(world.load(f"source.data=pipe:{work % 's3cret-three'}; exit 3"), str(tmp_path / "other"))
+    assert "s3cret" not in str(caught.value) and "pipe: command 000000" in str(caught.value)
+    assert not [path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
 
 
 def test_how_it_is_run_may_change(world, run_copy: Path) -> None:  # type: ignore[no-untyped-def]

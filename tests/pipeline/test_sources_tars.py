@@ -15,7 +15,7 @@ from pipeline.classes import ClassList, load_classes
 from pipeline.generate import make_shards
 from pipeline.recipe import load
 from pipeline.sources import SourcePlan, SourceSample, plan_source, tars
-from pipeline.sources.place import expand
+from pipeline.sources.place import expand, without_secrets
 from tests.conftest import write_tar
 
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
@@ -82,6 +82,26 @@ def test_lists_that_name_nothing(folder: Path, data: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         plan_source(data.replace("{folder}", str(folder)), CLASSES, 3)
     assert "\n" not in str(caught.value)
+
+
+def test_secrets() -> None:
+    assert without_secrets("https://me:pass@host/a-{0..3}.tar::s3://bucket/b.tar") == "https://host/a-{0..3}.tar::s3://bucket/b.tar"
+    assert (
+        without_secrets("a.tar::pipe:curl -H token x") == without_secrets("{pip,pip}e:curl -H token x") == "pipe:(a command, not recorded)"
+    )
+    assert without_secrets("/data/me@home/a.tar") == "/data/me@home/a.tar"
+
+
+def test_the_tars_of_commands_make_the_source(folder: Path) -> None:
+    """Other tars, or others inside the first, are another source; how they are fetched is not."""
+    one, again, other, fewer = (
+        plan_source(f"pipe:{command}", CLASSES, 100).fingerprint
+        for command in (
+            f"cat {folder}/train-00000{{0..2}}.tar", f"cd {folder} && true && cat train-00000{{0..2}}.tar",
+            f"cat {folder}/train-00000{{1..2}}.tar", f"cat {folder}/train-00000{{0..1}}.tar",
+        )
+    )  # fmt: skip
+    assert one == again and len({one, other, fewer}) == 3
 
 
 def test_commands(folder: Path) -> None:
