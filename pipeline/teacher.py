@@ -64,7 +64,11 @@ class Teacher(nn.Module):
         # The weights keep requires_grad: without it open_clip's ViT under bf16 autocast is ten times slower on CPU.
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32."""
+        """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32.
+
+        A canvas of another side than the model's is resized. On CUDA torch adds up the gradient of that in any order, so the last bits of
+        an attack may differ from run to run there; a canvas of the model's own side repeats its bits.
+        """
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         images = (images - self.mean) / self.std
