@@ -176,7 +176,7 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
         return _create(name, weights, force_quick_gelu=bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu")))
     path = find_file(weights, "teacher.weights")
     if not is_torchscript(path):
-        return _create(name, str(path))
+        return _create(name, str(path), force_preprocess_cfg=_normalisation(name))
     model, tokenizer = _create(name, None, force_quick_gelu=True)  # OpenAI's own files; its models use QuickGELU throughout
     state = {name: value for name, value in read_tensors(path).items() if name not in ("input_resolution", "context_length", "vocab_size")}
     try:
@@ -186,8 +186,17 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
     return model, tokenizer
 
 
-def _create(name: str, weights: str | None, *, bpe_path: str | None = None, force_quick_gelu: bool = False) -> tuple[Any, object]:
-    """open_clip's model and tokenizer; with random weights no tokenizer, which may be a download of its own.
+def _normalisation(name: str) -> dict[str, Any] | None:
+    """Mean and deviation that all of open_clip's own weights of a model share: a file does not tell, and OpenAI's would be taken."""
+    import open_clip
+
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found = {(tuple(config["mean"]), tuple(config["std"])) for config in configs if config.get("mean") and config.get("std")}
+    return dict(zip(("mean", "std"), found.pop(), strict=True)) if len(found) == 1 else None
+
+
+def _create(name: str, weights: str | None, *, bpe_path: str | None = None, **options: Any) -> tuple[Any, object]:
+    """open_clip's model (``options`` are those of its `create_model`) and tokenizer; with random weights no tokenizer, which may be a download of its own.
 
     Raises UserError for whatever open_clip or a download raises.
     """
@@ -198,7 +207,7 @@ def _create(name: str, weights: str | None, *, bpe_path: str | None = None, forc
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = open_clip.create_model(name, pretrained=None if weights == RANDOM else weights, force_quick_gelu=force_quick_gelu)
+            model = open_clip.create_model(name, pretrained=None if weights == RANDOM else weights, **options)
         if weights == RANDOM:
             return model, None
         return model, open_clip.get_tokenizer(name, **({"bpe_path": bpe_path} if bpe_path else {}))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from manifests import UserError
 from pipeline.classes import ClassList, load_classes
 from pipeline.recipe import Teacher as TeacherSettings
-from pipeline.teacher import Teacher, load_teacher, weights_fingerprint
+from pipeline.teacher import OPENAI_MEAN, Teacher, load_teacher, weights_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,22 @@ def test_models_with_a_text_tower_of_their_own(world, classes: ClassList, tmp_pa
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([f"a {name}" for name in classes.names])
     expected, _ = model.get_logits((images - made.mean) / made.std, tokens)
     torch.testing.assert_close(made(images).softmax(1), expected.softmax(1))
+
+
+def test_a_file_is_normalised_as_its_kind(world, classes: ClassList, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """A file holds no mean and deviation: those of open_clip's own weights of the model, where they agree; OpenAI's where there are none."""
+    import open_clip
+    from open_clip import pretrained
+
+    config = json.loads((world.clip / "open_clip_config.json").read_text())
+    (tmp_path / "tiny-other.json").write_text(json.dumps(config["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "tiny-other.json")
+    asked = TeacherSettings(kind="open_clip", model="tiny-other", weights=str(world.clip / "open_clip_model.safetensors"))
+    assert load_teacher(asked, classes).mean.flatten().tolist() == pytest.approx(OPENAI_MEAN)
+    tags = {tag: {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} for tag in ("one", "two")}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-other", tags)
+    teacher = load_teacher(asked, classes)
+    assert teacher.mean.flatten().tolist() == [0.5] * 3 and teacher.std.flatten().tolist() == [0.25] * 3
 
 
 def test_templates_from_elsewhere(world, classes: ClassList, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
