@@ -192,7 +192,7 @@ class RunDir:
         return table, tars
 
     def manifest(self, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, list[TarRecord]]:
-        """The sealed manifest: all rows, with some or all columns, and the record of every tar. Raises UserError when the run is not sealed."""
+        """The sealed manifest: all rows (some or all columns) and the record of every tar. Raises UserError when the run is not sealed."""
         info = self.info()
         if info.counts is None or not self.store.exists(MANIFEST):
             raise UserError(f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing")

@@ -196,7 +196,7 @@ def _normalisation(name: str) -> dict[str, Any] | None:
 
 
 def _create(name: str, weights: str | None, *, bpe_path: str | None = None, **options: Any) -> tuple[Any, object]:
-    """open_clip's model (``options`` are those of its `create_model`) and tokenizer; with random weights no tokenizer, which may be a download of its own.
+    """open_clip's model (options: of its `create_model`) and tokenizer; with random weights no tokenizer, which may be a download.
 
     Raises UserError for whatever open_clip or a download raises.
     """
