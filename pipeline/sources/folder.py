@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import overload
 
 import click
@@ -23,7 +24,6 @@ from shards.tar import clean_key
 from ..classes import ClassList
 from ..prefetch import map_in_order
 from .sample import Fingerprint, Piece, SourceSample, key_hashes, refuse_repeated
-
 
 READERS = 32  # files fetched at once, ahead of the decoders: at 30 ms a GET, one after the other would be 33 images/s
 LOOKED_AT = 64  # files whose content enters the fingerprint
@@ -57,7 +57,7 @@ def _sample(store: Store, entry: tuple[str, int]) -> SourceSample:
 
 def _read(store: Store, file: str) -> bytes:
     """Raises OSError, also for a named pipe or a device, which might never end."""
-    if store.is_local and not stat.S_ISREG(os.stat(os.path.join(store.root, file)).st_mode):
+    if store.is_local and not stat.S_ISREG(Path(store.root, file).stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     return store.read(file)
 

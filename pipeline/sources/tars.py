@@ -156,11 +156,11 @@ def _plan_commands(urls: Sequence[str], keys: KeyRule) -> tuple[Sequence[Piece],
     fingerprint = Fingerprint()
     for url in urls:
         fingerprint.add(re.findall(r"[^\s/='\"]+\.tar\b", url))
-    count, where = 0, _where(urls[0], _command_name(0))
+    where = _where(urls[0], _command_name(0))
     with open_tar(urls[0], where) as file:
-        for count, (offset, sample) in enumerate(index_tar(file, where), start=1):
-            fingerprint.add(offset, sample.key, sample.members.get("cls"))
-    pieces = [TarPiece(url=url, name=_command_name(number), count=count, keys=keys) for number, url in enumerate(urls)]
+        first = [(offset, sample.key, sample.members.get("cls")) for offset, sample in index_tar(file, where)]
+    fingerprint.add(first)
+    pieces = [TarPiece(url=url, name=_command_name(number), count=len(first), keys=keys) for number, url in enumerate(urls)]
     return pieces, len(urls) == 1, fingerprint.value()
 
 

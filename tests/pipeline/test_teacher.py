@@ -133,7 +133,7 @@ def test_models_with_a_text_tower_of_their_own(world, classes: ClassList, tmp_pa
 
 
 def test_a_file_is_normalised_by_kind(world, classes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """A file holds no mean and deviation: those of open_clip's own weights of the model, where they agree; OpenAI's where there are none."""
+    """A file holds no mean and deviation: those of open_clip's own weights of the model are taken; OpenAI's where there are none."""
     import open_clip
     from open_clip import pretrained
 
