@@ -98,13 +98,21 @@ class Store:
         return sorted(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in a folder, by name, in one listing; without temporary files and folders."""
-        try:
-            found = self._ask(folder, lambda fs, path: fs.ls(path, detail=True))
-        except FileNotFoundError:
-            return {}
-        named = ((os.path.basename(entry["name"]), entry) for entry in found if entry["type"] == "file")
-        return {name: int(entry["size"]) for name, entry in named if name and not _TEMPORARY.match(name)}
+        """Bytes of each file directly in a folder, by name, in one listing; without temporary ones. A link to a file is one."""
+        files = self._listed(folder, "file", os.path.isfile)
+        return {name: int(entry["size"]) for name, entry in files if not _TEMPORARY.match(name)}
+
+    def folders(self, folder: str) -> list[str]:
+        """Sorted names of the folders directly in a folder; empty if there is no such folder."""
+        return sorted(name for name, _ in self._listed(folder, "directory", os.path.isdir))
+
+    def _listed(self, folder: str, kind: str, is_kind: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, what fsspec says of it) of each entry of one kind. fsspec does not tell where a local link leads: ``is_kind`` does."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in self._ask(folder, lambda fs, path: fs.ls(path, detail=True)):
+                name = os.path.basename(entry["name"].rstrip("/"))
+                if name and (entry["type"] == kind or (entry.get("islink") and is_kind(entry["name"]))):
+                    yield name, entry
 
     def modified(self, name: str) -> float:
         """Time of last change by the store's clock, seconds since the epoch. Raises FileNotFoundError."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from manifests.recipe import recipe_dataclass
@@ -79,7 +78,9 @@ def loss_gradient(x: torch.Tensor, y: torch.Tensor, teacher: Classifier) -> torc
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        loss = F.cross_entropy(teacher(x).float(), y, reduction="sum")
+        margin = _margin(teacher(x).float(), y)
+        # CE = log(1 + e^m), so its gradient is sigmoid(m) dm. Through softmax it would hold p_y - 1, which rounds to 0 from m = -17 on.
+        loss = (margin.detach().sigmoid() * margin).sum()
         # not .backward(): the teacher's weights keep requires_grad (open_clip is 10x slower on CPU without) but need no gradient
         (gradient,) = torch.autograd.grad(loss, x)
     return gradient.float()
@@ -89,7 +90,9 @@ def step(gradient: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
     """One ascent step: alpha * g / |g| (L2) or alpha * sign g (Linf)."""
     if settings.norm == "linf":
         return settings.alpha * gradient.sign()
-    return settings.alpha * gradient / _lengths(gradient).clamp(min=1e-12)
+    largest = gradient.flatten(1).abs().amax(1).view(-1, 1, 1, 1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    direction = gradient / largest  # a confident teacher's gradient is small, and its square underflows
+    return settings.alpha * direction / _lengths(direction).clamp(min=1e-12)
 
 
 def project(delta: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
@@ -120,6 +123,12 @@ def _noise(shape: Sequence[int], settings: AttackSettings, generator: torch.Gene
         return torch.empty(*shape).uniform_(-settings.eps, settings.eps, generator=generator)
     noise = torch.randn(*shape, generator=generator)
     return noise * (settings.eps / noise.norm())
+
+
+def _margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """m = log sum over the other classes of e^z, less z_y: [B] from logits [B, classes]. The cross-entropy is log(1 + e^m)."""
+    label = y[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return logits.masked_fill(label, -torch.inf).logsumexp(1) - logits.masked_fill(~label, 0).sum(1)
 
 
 def _lengths(x: torch.Tensor) -> torch.Tensor:

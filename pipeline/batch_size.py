@@ -37,8 +37,16 @@ def resolve_batch(recipe: Recipe, out: RunDir, models: Models | None) -> Recipe:
 
 def find_batch(recipe: Recipe, models: Models) -> int:
     """Double the batch while it fits and pays. Raises UserError when not even one image fits."""
-    if models.device.type != "cuda":
-        return ON_CPU
+    return ON_CPU if models.device.type != "cuda" else smallest_that_pays(recipe, models)
+
+
+def smallest_that_pays(recipe: Recipe, models: Models) -> int:
+    """The search itself, with the models uncompiled. Raises UserError like `find_batch`.
+
+    From one size to the next torch.compile would make graphs for any shape, and the run would use those: other bits than those of a
+    process that comes later and compiles for its one size.
+    """
+    models = replace(models, compiled=None)
     best, best_speed, batch = 0, 0.0, 1
     while batch <= LARGEST:
         speed = images_per_second(recipe, models, batch)

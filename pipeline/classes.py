@@ -9,7 +9,6 @@ import yaml
 
 from manifests import UserError, find_file
 from manifests.recipe import fingerprint
-from manifests.weights import files_fingerprint
 
 IMAGENET = "imagenet-1k"
 
@@ -24,12 +23,11 @@ class ClassList:
 
 
 def find_classes(name: str) -> tuple[ClassList, str]:
-    """The class list that a recipe's ``source.classes`` names, and its fingerprint. Raises UserError when there is none."""
-    if name == IMAGENET:
-        classes = imagenet_classes()
-        return classes, fingerprint([classes.names, classes.folders])
-    path = find_file(name, "source.classes")
-    return load_classes(path), files_fingerprint([path])
+    """The class list that a recipe's ``source.classes`` names, and the fingerprint of its names and folders; templates, where they are
+    used, are part of the teacher's. Raises UserError when there is none.
+    """
+    classes = imagenet_classes() if name == IMAGENET else load_classes(find_file(name, "source.classes"))
+    return classes, fingerprint([classes.names, classes.folders])
 
 
 def imagenet_classes() -> ClassList:

@@ -35,6 +35,7 @@ class ImageToImage(nn.Module):
         super().__init__()
         self.vae, self.unet, self.text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
         self.config = config
+        self.made_from = _made_from(pipeline, config.prompt)  # for the fingerprint
         self._pipeline = (pipeline,)  # in a tuple: its modules are registered above, it is none itself
 
     @torch.no_grad()
@@ -50,6 +51,21 @@ class ImageToImage(nn.Module):
             output_type="pt",
         ).images
         return drawn.float().clamp(0, 1), torch.zeros(len(images), 0, 0, dtype=torch.long, device=device)
+
+
+def _made_from(pipeline: Any, prompt: str) -> dict[str, Any]:
+    """What decides the function beside weights and recipe: the parts' settings (those in their files: defaults come and go with the
+    library's version), the scheduler's kind, and what the tokenizer makes of the prompt and of the empty one.
+    """
+    settings = {}
+    for name in ("scheduler", "unet", "vae"):
+        config = getattr(pipeline, name).config
+        given = config.keys() - set(config.get("_use_default_values", ()))
+        settings[name] = {key: config[key] for key in given if not key.startswith("_")}
+    text, tokenizer = pipeline.text_encoder.config, pipeline.tokenizer
+    tokens = tokenizer([prompt, ""], padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    settings["text_encoder"] = {key: getattr(text, key, None) for key in ("hidden_act", "num_attention_heads", "layer_norm_eps")}
+    return settings | {"kind": type(pipeline.scheduler).__name__, "tokens": tokens.input_ids}
 
 
 def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from manifests import RunDir, RunInfo, UserError
 from manifests.claims import clear, forget, look
 from manifests.progress import progress
-from manifests.recipe import apply_overrides, as_tree, identity, make_recipe
+from manifests.recipe import apply_overrides, identity, make_recipe
 from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
 
 from .batch_job import Row
@@ -26,7 +27,7 @@ from .classes import ClassList, find_classes
 from .launchers import find_launcher
 from .launchers.local import devices
 from .models import Models, fingerprints, load_models
-from .recipe import Recipe
+from .recipe import Recipe, as_published
 from .sources import SourcePlan, plan_source
 from .status import Survey
 from .worker import Work, unfinished, work_through
@@ -60,7 +61,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
     models = models and replace(models, batch=recipe.batch)
     info = RunInfo(
-        recipe=as_tree(recipe),
+        recipe=as_published(recipe),
         identity=identity(recipe),
         fingerprints=fingerprints(recipe, classes, models) | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),
@@ -234,6 +235,24 @@ def _conclude(job: Job) -> None:
                 "The rest is sealed and usable; mend the source, or raise max_errors"
             )
         click.echo(f"note: {line} (status 'error' in {MANIFEST})", err=True)
+    table, _ = job.out.manifest(["label", "clean_pred"])
+    judged = table.filter(pc.is_valid(table.column("clean_pred")))
+    hits = pc.sum(pc.equal(judged.column("label"), judged.column("clean_pred"))).as_py() or 0
+    if near_chance(hits, judged.num_rows, len(info.classes)):
+        click.echo(
+            f"note: on {hits / judged.num_rows:.1%} of the clean images the teacher sees the label; guessing sees it on "
+            f"{1 / len(info.classes):.1%}. Are these the labels of source.classes, in its order, and the teacher's own weights?",
+            err=True,
+        )
+
+
+def near_chance(hits: int, judged: int, classes: int) -> bool:
+    """Whether a teacher that is right ``hits`` times surely knows less than a twentieth of the way from guessing to knowing all.
+
+    Surely: four standard deviations, so that few samples never say so (fewer than 300, of many classes).
+    """
+    share = 1 / classes + (1 - 1 / classes) / 20
+    return hits < judged * share - 4 * math.sqrt(judged * share * (1 - share))
 
 
 def _first_error(table: pa.Table) -> dict[str, Any]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
+from manifests.recipe import as_tree
 from shards import ImageFormat
 from shards.views import ViewSettings
 
 from .attack import AttackSettings
 from .diffusion import DiffusionConfig
 from .discretizer import NamedConfig, VQGANConfig
-from .sources.place import PIPE, expand
+from .sources.place import PIPE, expand, without_secrets
 
 SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool  # a line break would begin a command of the job script
 FOLDER = Path(__file__).parent / "recipes"
@@ -129,6 +130,13 @@ class Recipe:
     """CPU threads that decode the sources, and as many that encode x'', beside the models. None: half of the cores, at most 16."""
     launch: Launch = Launch()
     """Where the shards are made."""
+
+
+def as_published(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a tree for run.json and the dataset card, which others will read: without the secrets that `source.data` may hold."""
+    tree = as_tree(recipe)
+    tree["source"]["data"] = without_secrets(recipe.source.data)
+    return tree
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:

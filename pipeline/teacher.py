@@ -64,7 +64,11 @@ class Teacher(nn.Module):
         # The weights keep requires_grad: without it open_clip's ViT under bf16 autocast is ten times slower on CPU.
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32."""
+        """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32.
+
+        A canvas of another side than the model's is resized. On CUDA torch adds up the gradient of that in any order, so the last bits of
+        an attack may differ from run to run there; a canvas of the model's own side repeats its bits.
+        """
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
         images = (images - self.mean) / self.std
@@ -115,9 +119,7 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
     function = {"model": architecture, "quick_gelu": _has_quick_gelu(model), "tokenizer": bpe}
     if settings.weights == RANDOM:
         templates: Sequence[str] = ()
-        head = F.normalize(
-            torch.randn(model.text_projection.shape[1], len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0
-        )
+        head = F.normalize(torch.randn(_embed_dim(architecture), len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0)
     else:
         templates = _templates(settings, classes)
         head = cached_head(model.to(device), tokenizer, classes.names, templates, function) if with_head else torch.empty(0)
@@ -129,9 +131,17 @@ def _open_clip_teacher(settings: TeacherSettings, classes: ClassList, device: to
         mean=preprocess.get("mean", OPENAI_MEAN),
         std=preprocess.get("std", OPENAI_STD),
         head=head,
-        scale=float(model.logit_scale.detach().exp()),
+        scale=float(model.logit_scale.detach().exp()),  # SigLIP's logit_bias, the same for all classes, changes no softmax and no argmax
         made_from={**function, "classes": classes.names, "templates": templates},
     )
+
+
+def _embed_dim(architecture: str | Mapping[str, Any]) -> int:
+    """Width of the features that images and texts share; the text tower says it in another place in every kind of model."""
+    import open_clip
+
+    config: Any = open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture
+    return int(config["embed_dim"])
 
 
 def _has_quick_gelu(model: nn.Module) -> bool:
@@ -161,12 +171,12 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
     if weights is None:
         raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
     if weights == RANDOM:
-        return _create(name, None)
+        return _create(name, RANDOM)
     if weights in open_clip.list_pretrained_tags_by_model(name):  # open_clip itself would only warn of the wrong activation
         return _create(name, weights, force_quick_gelu=bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu")))
     path = find_file(weights, "teacher.weights")
     if not is_torchscript(path):
-        return _create(name, str(path))
+        return _create(name, str(path), force_preprocess_cfg=_normalisation(name))
     model, tokenizer = _create(name, None, force_quick_gelu=True)  # OpenAI's own files; its models use QuickGELU throughout
     state = {name: value for name, value in read_tensors(path).items() if name not in ("input_resolution", "context_length", "vocab_size")}
     try:
@@ -176,8 +186,20 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
     return model, tokenizer
 
 
-def _create(name: str, weights: str | None, *, bpe_path: str | None = None, force_quick_gelu: bool = False) -> tuple[Any, object]:
-    """open_clip's model and tokenizer. Raises UserError for whatever open_clip or a download raises."""
+def _normalisation(name: str) -> dict[str, Any] | None:
+    """Mean and deviation that all of open_clip's own weights of a model share: a file does not tell, and OpenAI's would be taken."""
+    import open_clip
+
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found = {(tuple(config["mean"]), tuple(config["std"])) for config in configs if config.get("mean") and config.get("std")}
+    return dict(zip(("mean", "std"), found.pop(), strict=True)) if len(found) == 1 else None
+
+
+def _create(name: str, weights: str | None, *, bpe_path: str | None = None, **options: Any) -> tuple[Any, object]:
+    """open_clip's model (options: of its `create_model`) and tokenizer; with random weights no tokenizer, which may be a download.
+
+    Raises UserError for whatever open_clip or a download raises.
+    """
     import open_clip
 
     before = logging.getLogger().level
@@ -185,7 +207,9 @@ def _create(name: str, weights: str | None, *, bpe_path: str | None = None, forc
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=force_quick_gelu)
+            model = open_clip.create_model(name, pretrained=None if weights == RANDOM else weights, **options)
+        if weights == RANDOM:
+            return model, None
         return model, open_clip.get_tokenizer(name, **({"bpe_path": bpe_path} if bpe_path else {}))
     except Exception as error:
         raise UserError(f"teacher: cannot load {name} with weights {weights}: {' '.join(str(error).split())[:300]}") from error

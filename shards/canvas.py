@@ -7,12 +7,14 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")  # no others: PIL's EPS runs Ghostscript
 MAX_PIXELS = 256 << 20  # of a source image; a larger one would need gigabytes to decode
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL raises beyond twice this, before decoding
+# PIL's remarks on odd metadata would tear the progress bar, once an image. Here and not around each image: threads share the filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
@@ -25,11 +27,11 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
     Raises BadImage.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on odd metadata would tear the progress bar, once an image
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
-                image = _to_rgb(ImageOps.exif_transpose(picture))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
+            image = _to_rgb(ImageOps.exif_transpose(picture))
+    except UnidentifiedImageError as error:  # whose own text holds an address in memory: two runs would differ
+        raise BadImage(f"unreadable image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged") from error
     except Exception as error:  # decoders raise whatever damaged data leads them to
         raise BadImage(f"unreadable image: {' '.join(str(error).split())[:160]}") from error
     width, height = image.size
@@ -46,6 +48,8 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float: PIL's own conversion clips instead of scaling
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("some of its pixels are no finite numbers")
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
         if image.mode == "F" and values.max() <= 1:
             top = 1.0

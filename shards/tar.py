@@ -1,6 +1,7 @@
 """WebDataset tars: writing them to the byte, and reading them without trusting them.
 
-In a tar, the members of one sample share a key (the name up to the first dot of its last part) and follow each other.
+In a tar, the members of one sample share a key (the name up to the first dot of its last part) and follow each other. A second member
+with the same ending begins another sample.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def iterate_tar(file: IO[bytes], where: str, start: int = 0) -> Iterator[tuple[i
     """Read any WebDataset tar from byte ``start``: yields (offset of the sample's first header, sample).
 
     Only regular files are read; links, devices and directories are passed over, and nothing is written to disk.
-    Raises UserError naming ``where`` for a file that is not a tar or is cut off inside a member.
+    Raises UserError naming ``where`` for a file that is not a tar or is cut off, in a member or between two.
     """
     yield from _samples(file, where, start)
 
@@ -144,12 +145,10 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
                 if not member.isreg():
                     continue
                 key, extension = split_name(member.name)
-                if current is None or key != current.key:
+                if current is None or key != current.key or extension in current.members:
                     if current is not None:
                         yield offset, current
                     current, offset = Sample(key), member.offset
-                elif extension in current.members:
-                    raise UserError(f"{where}: two members {key}.{extension} in one sample; keys must be unique")
                 current.members[extension] = b""
                 if only in (None, extension) and member.size <= MAX_MEMBER:
                     body = tar.extractfile(member)
@@ -157,7 +156,11 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
                     if len(data) != member.size:
                         raise tarfile.ReadError("unexpected end of data")
                     current.members[extension] = data
-            # tarfile takes a damaged header for the end of the archive; only zeros or nothing may follow the last member
+            # tarfile takes a damaged header, or the end of the file, for the end of the archive. Two blocks of zeros mark that; one is
+            # asked for, and only zeros may follow: a tar that was cut off between two members has none.
+            file.seek(tar.offset)
+            if len(file.read(BLOCK)) < BLOCK:
+                raise tarfile.ReadError(f"it stops at byte {tar.offset} without the zeros that end a tar")
             file.seek(tar.offset)
             while block := file.read(1 << 20):
                 if block.strip(b"\0"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,12 @@ from shards.tar import clean_key
 
 from ..classes import ClassList
 from .place import file_name, open_file
-from .sample import EXACT, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
+from .sample import EXACT, SLACK, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 IMAGES = ("image", "img", "jpg", "png")
 LABELS = ("label", "labels", "cls", "fine_label")
 ROWS = 32  # read at once
+BUFFER = 1 << 20  # bytes read at once, or a page where that is larger; without a buffer, all of a row group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class ParquetPiece:
                 yield SourceSample(key, data or b"", value, problem)
 
     def _rows(self, file: pq.ParquetFile, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row number, row) of the rows of this piece; a few are held at once."""
+        """(row number, row) of the rows of this piece; a few are held at once, and nothing is read behind the last."""
         groups, begins, begin = [], [], 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -64,9 +66,11 @@ class ParquetPiece:
         try:
             for batch in file.iter_batches(ROWS, row_groups=groups, columns=names):
                 for row in batch.to_pylist():
-                    if self.start <= number < self.start + self.count:
+                    if number >= self.start:
                         yield number, row
                     number += 1
+                    if number == self.start + self.count:
+                        return
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.url}: damaged near row {number} ({' '.join(str(error).split())[:120]})") from error
 
@@ -74,26 +78,42 @@ class ParquetPiece:
 def plan_parquet(urls: Sequence[str], classes: ClassList, shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
     """The pieces of a list of Parquet files, from their footers; counts are always exact."""
     with ThreadPoolExecutor(16) as pool:
-        counts = list(pool.map(lambda url: _rows_and_columns(url, classes), urls))
+        counts = list(pool.map(lambda url: _groups_and_size(url, classes), urls))
     if keys == "name":
-        looked_at = urls if sum(rows for rows, _ in counts) <= EXACT else urls[:1]
+        looked_at = urls if sum(sum(groups) for groups, _ in counts) <= EXACT else urls[:1]
         names = [(key, url) for url in looked_at for key in _names(url)]
         refuse_repeated(key_hashes(key for key, _ in names), names.__getitem__)
     fingerprint = Fingerprint()
     pieces: list[Piece] = []
-    for url, (rows, size) in zip(urls, counts, strict=True):
-        fingerprint.add(file_name(url), rows, size)
-        for first in range(0, rows, shard_size):
-            count = min(shard_size, rows - first)
-            name = file_name(url) if rows <= shard_size else f"{file_name(url)}[{first}:{first + count}]"
+    for url, (groups, size) in zip(urls, counts, strict=True):
+        fingerprint.add(file_name(url), groups, size)
+        for first, count in _cut(groups, shard_size):
+            name = file_name(url) if count == sum(groups) else f"{file_name(url)}[{first}:{first + count}]"
             pieces.append(ParquetPiece(url=url, name=name, count=count, start=first, keys=keys))
     return pieces, True, fingerprint.value()
+
+
+def _cut(groups: Sequence[int], shard_size: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of pieces of about ``shard_size`` rows: whole row groups where these fit, for a group is read from its start."""
+    first = count = 0
+    for rows in groups:
+        if count and count + rows > shard_size:
+            yield first, count
+            first, count = first + count, 0
+        count += rows
+        if count > SLACK * shard_size:  # one group that is too large: cut evenly
+            parts = -(-count // shard_size)
+            for begin, end in itertools.pairwise(count * part // parts for part in range(parts + 1)):
+                yield first + begin, end - begin
+            first, count = first + count, 0
+    if count:
+        yield first, count
 
 
 def open_parquet(source: Any, url: str) -> pq.ParquetFile:
     """Raises UserError for a file that is none."""
     try:
-        return pq.ParquetFile(source)
+        return pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"source.data: {url}: not a readable Parquet file ({' '.join(str(error).split())[:120]})") from error
 
@@ -113,18 +133,34 @@ def columns(schema: pa.Schema, url: str) -> tuple[str, str]:
 def label_map(schema: pa.Schema, column: str, classes: ClassList, url: str) -> list[int] | None:
     """Index into the class list of each of the file's own label numbers, from the names that `datasets` stores; None: the same.
 
-    Raises UserError when the file names another number of classes. Where the names are others altogether (synonyms), numbers are
-    taken as they are.
+    Where some names are others (synonyms), numbers are taken as they are, for the lists may still have one order. Raises UserError when
+    they have not (a name that both know stands at another number), or when the file names another number of classes.
     """
-    names = _label_names(schema, column)
+    names = [name.replace("_", " ") for name in _label_names(schema, column)]
     if not names:
         return None
     if len(names) != len(classes.names):
         raise UserError(f"source.data: {url}: names {len(names)} classes, the class list {len(classes.names)}")
-    for known in (classes.names, classes.folders):
-        if len(set(known)) == len(known) and set(names) == set(known):
-            return [known.index(name) for name in names]
+    lists = [_places(classes.names), _places(classes.folders)]
+    for places in lists:
+        if places.keys() == set(names) and len(places) == len(names):
+            return [places[name][0] for name in names]
+    for number, name in enumerate(names):
+        if elsewhere := next((places[name] for places in lists if number not in places.get(name, [number])), None):
+            strange = ", ".join(repr(other) for other in names if not any(other in places for places in lists))[:80]
+            raise UserError(
+                f"source.data: {url}: its label {number} is {name!r}, number {elsewhere[0]} of the class list; the orders differ, and the "
+                f"names do not tell how (not in the class list: {strange or 'none'}); spell the names of source.classes as the file does"
+            )
     return None
+
+
+def _places(names: Sequence[str]) -> dict[str, list[int]]:
+    """Where each name stands in a class list, `_` for space or not; ImageNet's has one name twice."""
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        places.setdefault(name.replace("_", " "), []).append(number)
+    return places
 
 
 def _label_names(schema: pa.Schema, column: str) -> list[str]:
@@ -141,13 +177,13 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _rows_and_columns(url: str, classes: ClassList) -> tuple[int, int]:
-    """(rows, bytes of its row groups) of a file that has the columns we need. Raises UserError for one that has not."""
+def _groups_and_size(url: str, classes: ClassList) -> tuple[list[int], int]:
+    """(rows of each row group, bytes of all) of a file that has the columns we need. Raises UserError for one that has not."""
     with open_file(url) as source:
         file = open_parquet(source, url)
         label_map(file.schema_arrow, columns(file.schema_arrow, url)[1], classes, url)
-        metadata = file.metadata
-        return metadata.num_rows, sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        return [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
 
 
 def _names(url: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,13 @@ def expand(data: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"source.data: {data}: {error}; write ranges as {{000000..000127}}") from error
     return [str(Path(url).expanduser()) if "://" not in url and not url.startswith(PIPE) else url for url in urls]
+
+
+def without_secrets(data: str) -> str:
+    """``source.data`` for the record, which others will read: no commands (they may hold tokens), no user and password in URLs."""
+    if any(url.startswith(PIPE) for url in expand(data)):
+        return f"{PIPE}(a command, not recorded)"
+    return re.sub(r"://[^/@]*@", "://", data)
 
 
 def store_of(url: str) -> Store:
@@ -63,9 +71,9 @@ def copy_into(url: str, target: IO[bytes]) -> None:
 
 
 def list_files(folder: str, extension: str) -> list[str]:
-    """Sorted paths or URLs of the files directly in a folder that end in ``.extension``."""
+    """Sorted paths or URLs of the files directly in a folder that end in ``.extension``; without hidden ones."""
     store = Store(folder)
-    return [store.where(name) for name in store.names("") if name.endswith(f".{extension}")]
+    return [store.where(name) for name in store.names("") if name.endswith(f".{extension}") and not name.startswith(".")]
 
 
 def common_extension(urls: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ from manifests import Store, UserError
 from ..classes import ClassList
 from .folder import plan_folder
 from .parquet import plan_parquet
-from .place import common_extension, expand, file_name, list_files
+from .place import PIPE, common_extension, expand, file_name, list_files
 from .sample import KeyRule, Piece, SourceSample
 from .tars import plan_tars
 
@@ -39,7 +39,7 @@ def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
 
     data: a folder (local or URL) of tars, of Parquet files or of class folders; or tars or Parquet files as a list with braces and
     ``::``; or ``pipe:COMMAND`` for each tar. keys: `recipe.Source.keys`.
-    Raises UserError for a missing or empty source, an unknown class folder, or a key that occurs twice.
+    Raises UserError for a missing or empty source, one of several kinds, an unknown class folder, or a key that occurs twice.
     """
     urls = expand(data)
     kind = common_extension(urls)
@@ -49,7 +49,7 @@ def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
         root = urls[0]
         if not Store(root).exists():
             raise UserError(f"source.data: {root}: no such file or folder; set DATA=FOLDER (or --set source.data=FOLDER)")
-        kind, urls = next(((kind, found) for kind in ("tar", "parquet") if (found := list_files(root, kind))), (None, [root]))
+        kind, urls = _look_into(root, classes)
     if (kind == "tar" and keys == "place") or kind == "parquet":  # whose rows may be without names
         _refuse_namesakes(urls)
     if kind == "tar":
@@ -66,8 +66,22 @@ def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
     return SourcePlan({"tar": "WebDataset", "parquet": "Parquet", None: "ImageFolder"}[kind], pieces, samples, exact, fingerprint)
 
 
+def _look_into(root: str, classes: ClassList) -> tuple[str | None, list[str]]:
+    """(kind, files) of a folder; (None, [root]) for one of class folders, or of nothing. Raises UserError for several kinds at once."""
+    files = {kind: found for kind in ("tar", "parquet") if (found := list_files(root, kind))}
+    kinds = [f"*.{kind} files ({file_name(found[0])} …)" for kind, found in files.items()]
+    if files and (folders := sorted(set(Store(root).folders("")) & set(classes.folders))):
+        kinds.append(f"class folders ({folders[0]} …)")
+    if len(kinds) > 1:
+        raise UserError(
+            f"source.data: {root}: holds {' and '.join(kinds)}, and nothing says which are meant; move the others elsewhere, or name "
+            "the files: a list with braces such as train-{000..127}.tar, joined by ::"
+        )
+    return next(iter(files.items()), (None, [root]))
+
+
 def _refuse_namesakes(urls: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for url in urls:
-        if (other := seen.setdefault(file_name(url), url)) is not url:
+        if not url.startswith(PIPE) and (other := seen.setdefault(file_name(url), url)) is not url:
             raise UserError(f"source.data: {other} and {url} have the same name, from which keys are made; rename one")

@@ -15,6 +15,7 @@ from shards.tar import clean_key
 from ..classes import ClassList
 
 EXACT = 50_000  # samples; in a source that seems larger not every one's name is looked at while it is planned
+SLACK = 1.25  # a tar or row group of up to this many times the shard size stays one piece
 
 KeyRule = Literal["name", "place"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -19,9 +20,7 @@ from shards.tar import clean_key, index_tar, iterate_tar, split_name
 
 from ..classes import ClassList
 from .place import PIPE, copy_into, file_name, file_size, is_local, open_file
-from .sample import EXACT, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
-
-SLACK = 1.25  # a tar of up to this many times the shard size stays one piece
+from .sample import EXACT, SLACK, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +35,22 @@ class TarPiece:
     first: int | None = 0  # number of the sample at `start`, where `start` is known to be one's first header; None: look for it
     keys: KeyRule = "name"
 
+    @property
+    def where(self) -> str:
+        """For messages, which may end up in the record: a command may hold tokens."""
+        return _where(self.url, self.name)
+
     def samples(self, classes: ClassList) -> Iterator[SourceSample]:
-        with open_tar(self.url) as file:
+        of = self.name if self.url.startswith(PIPE) else file_name(self.url)
+        with open_tar(self.url, self.where) as file:
             found = (self.start, self.first) if self.first is not None else self._find_first(file)
             if found is None:
                 return
             start, number = found
-            for offset, sample in iterate_tar(file, self.url, start):
+            for offset, sample in iterate_tar(file, self.where, start):
                 if self.stop is not None and offset >= self.stop:
                     return
-                key = clean_key(sample.key) if self.keys == "name" else place_key(file_name(self.url), number)
+                key = clean_key(sample.key) if self.keys == "name" else place_key(of, number)
                 image = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
                 label, problem = check_label(sample.members.get("cls"), classes)
                 if image is None:
@@ -55,12 +60,12 @@ class TarPiece:
 
     def _find_first(self, file: IO[bytes]) -> tuple[int, int] | None:
         """(offset, number) of the first sample at or after `start`; None when there is none."""
-        offsets = (offset for offset, _ in index_tar(file, self.url))
+        offsets = (offset for offset, _ in index_tar(file, self.where))
         return next(((offset, number) for number, offset in enumerate(offsets) if offset >= self.start), None)
 
 
-def open_tar(url: str) -> IO[bytes]:
-    """A tar as a file that can seek; a remote one, or a command's output, is first copied to the temporary folder.
+def open_tar(url: str, where: str) -> IO[bytes]:
+    """A tar as a file that can seek; a remote one, or a command's output, is first copied to the temporary folder. where: for messages.
 
     Raises UserError for a file that is missing or a command that fails.
     """
@@ -70,9 +75,10 @@ def open_tar(url: str) -> IO[bytes]:
     try:
         if url.startswith(PIPE):
             command = url.removeprefix(PIPE)
-            status = subprocess.run(command, shell=True, executable="/bin/bash", stdout=spool, check=False).returncode
+            shell = ["bash", "-o", "pipefail", "-c", command]  # a download that fails before a `|` is a failure
+            status = subprocess.run(shell, stdout=spool, check=False).returncode
             if status:
-                raise UserError(f"source.data: {url}: the command ended with status {status}")
+                raise UserError(f"source.data: {where}: the command ended with status {status}")
         else:
             copy_into(url, spool)
         spool.seek(0)
@@ -91,7 +97,7 @@ def plan_tars(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[Sequ
         return _plan_commands(urls, keys)
     with ThreadPoolExecutor(32) as pool:
         sizes = list(pool.map(file_size, urls))
-    with open_tar(urls[0]) as file:
+    with open_tar(urls[0], urls[0]) as file:
         samples = sum(1 for _ in index_tar(file, urls[0]))
     mean = max(sizes[0], 1) / max(samples, 1)  # bytes a sample
     if sum(sizes) / mean <= EXACT and all(is_local(url) for url in urls):
@@ -104,7 +110,7 @@ def _plan_exactly(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[
     names: list[tuple[str, str]] = []  # (key, tar)
     pieces: list[Piece] = []
     for url in tqdm(urls, desc="reading tar headers", unit="tar", disable=None if len(urls) > 20 else True, leave=False):
-        with open_tar(url) as file:
+        with open_tar(url, url) as file:
             index = [(offset, clean_key(sample.key), sample.members.get("cls")) for offset, sample in index_tar(file, url)]
         offsets = [offset for offset, _, _ in index]
         names += [(key, url) for _, key, _ in index]
@@ -143,14 +149,27 @@ def _plan_by_size(
 
 
 def _plan_commands(urls: Sequence[str], keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
-    """One piece a command: nothing is known of its output but what the first one gives."""
+    """One piece a command: nothing is known of its output but what the first one gives.
+
+    The fingerprint is of that, and of the names of tars in the commands; not of the rest, which may hold tokens that change every day.
+    """
     fingerprint = Fingerprint()
     for url in urls:
-        fingerprint.add(url)
-    with open_tar(urls[0]) as file:
-        count = sum(1 for _ in index_tar(file, urls[0]))
-    pieces = [TarPiece(url=url, name=f"{number:06d}", count=count, keys=keys) for number, url in enumerate(urls)]
+        fingerprint.add(re.findall(r"[^\s/='\"]+\.tar\b", url))
+    where = _where(urls[0], _command_name(0))
+    with open_tar(urls[0], where) as file:
+        first = [(offset, sample.key, sample.members.get("cls")) for offset, sample in index_tar(file, where)]
+    fingerprint.add(first)
+    pieces = [TarPiece(url=url, name=_command_name(number), count=len(first), keys=keys) for number, url in enumerate(urls)]
     return pieces, len(urls) == 1, fingerprint.value()
+
+
+def _command_name(number: int) -> str:
+    return f"{number:06d}"
+
+
+def _where(url: str, name: str) -> str:
+    return f"{PIPE} command {name}" if url.startswith(PIPE) else url
 
 
 def _first_key(url: str) -> str:

@@ -184,6 +184,16 @@ def test_urls_that_cannot_be_opened(url: str) -> None:
         Store(url)
 
 
+def test_links_and_folders(tmp_path: Path) -> None:
+    """A link counts as what it leads to, with the size of that; one to nothing, or round in circles, as nothing."""
+    (tmp_path / "d" / "below").mkdir(parents=True)
+    (tmp_path / "x").write_bytes(b"123")
+    for name, target in (("file", "../x"), ("folder", "below"), ("nothing", "gone"), ("circle", "circle")):
+        (tmp_path / "d" / name).symlink_to(target)
+    store = Store(tmp_path)
+    assert store.sizes("d") == {"file": 3} and store.folders("d") == ["below", "folder"] and store.folders("gone") == []
+
+
 def test_stale_temporaries(tmp_path: Path) -> None:
     """Temporary files are not listed; those of dead processes of this host are removed, others and other files are left."""
     from manifests.store import HOST

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,23 @@ def test_no_gradient_reaches_weights_or_callers(models):  # type: ignore[no-unty
     assert all(weight.grad is None for weight in weights)
     assert not any(image.requires_grad for image in (made.discrete, made.perturbed, made.adversarial))
     torch.testing.assert_close(made.adversarial, models.discretizer_model(made.perturbed)[0].detach())
+
+
+@pytest.mark.parametrize("lead", [0.0, 10.0, 18.0, 25.0, 40.0, 80.0])
+def test_a_confident_teacher_is_attacked_as_well(model, batch, lead: float) -> None:  # type: ignore[no-untyped-def]
+    """However far the label leads, in nats: the gradient is that of the cross-entropy in float64, and an L2 step has length alpha."""
+    x, y = batch
+    bonus = lead * torch.nn.functional.one_hot(y, 4)
+    found = loss_gradient(x, y, lambda images: model(images) + bonus)
+    exact = copy.deepcopy(model).double()
+    point = x.double().requires_grad_()
+    z = exact(point) + bonus
+    margin = torch.stack([row[torch.arange(4) != label].logsumexp(0) - row[label] for row, label in zip(z, y, strict=True)])
+    (gradient,) = torch.autograd.grad(torch.nn.functional.softplus(margin, threshold=1000).sum(), point)
+    largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(found / largest, gradient / largest, rtol=1e-4, atol=1e-5)
+    lengths = step(found, AttackSettings(alpha=0.2)).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full((6,), 0.2))
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from manifests import UserError
 from pipeline.diffusion import DiffusionConfig, load_diffusion
+from pipeline.teacher import weights_fingerprint
 
 SIDE = 32
 
@@ -98,3 +102,26 @@ def test_no_such_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"discretizer\.weights: cannot load .*nowhere") as caught:
         load_diffusion(DiffusionConfig(), str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_sees_scheduler_and_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """They decide the images as the weights do: another schedule, or another number for the prompt's word, is another discretizer."""
+
+    def change(part: str, edit: Callable[[dict[str, Any]], object]) -> str:
+        copy = Path(shutil.copytree(folder, tmp_path / part.replace("/", "-")))
+        tree = json.loads((copy / part).read_text())
+        edit(tree)
+        (copy / part).write_text(json.dumps(tree))
+        return weights_fingerprint(load_diffusion(DiffusionConfig(prompt="a"), str(copy)))
+
+    tokenizer = "tokenizer/tokenizer.json" if (folder / "tokenizer" / "tokenizer.json").exists() else "tokenizer/vocab.json"
+
+    def swap(tree: dict[str, Any]) -> None:
+        vocabulary = tree.get("model", {}).get("vocab", tree)
+        vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
+
+    moved = change("model_index.json", lambda tree: tree)
+    assert moved == weights_fingerprint(load_diffusion(DiffusionConfig(prompt="a"), str(folder)))
+    scheduler = change("scheduler/scheduler_config.json", lambda tree: tree.update(beta_end=0.5))
+    scaling = change("vae/config.json", lambda tree: tree.update(scaling_factor=0.5))
+    assert len({moved, scheduler, scaling, change(tokenizer, swap)}) == 4

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifests import RunDir
+from pipeline import batch_size
 from pipeline.batch_size import ON_CPU, resolve_batch
 from pipeline.classes import load_classes
 from pipeline.measure import TrialBatch, count_flops, covered, model_parts
@@ -148,6 +149,16 @@ def test_batch(world, models: Models, finished_run: Path, tmp_path: Path) -> Non
     assert resolve_batch(automatic, RunDir(tmp_path / "new"), models) == replace(automatic, batch=ON_CPU)
     assert resolve_batch(automatic, RunDir(finished_run), models).batch == 5
     assert not (tmp_path / "new").exists()
+
+
+def test_the_search_for_a_batch_compiles_nothing(world, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Graphs of the sizes that were tried would serve the run too, and a resumed process would not have them: it would give other bits."""
+
+    def compiled(images: torch.Tensor) -> torch.Tensor:
+        raise AssertionError(f"asked to compile for {len(images)} images")
+
+    monkeypatch.setattr(batch_size, "LARGEST", 4)
+    assert batch_size.smallest_that_pays(world.load("batch=0"), replace(models, compiled=(compiled, compiled))) in (1, 2, 4)
 
 
 def test_covered() -> None:

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +23,12 @@ import yaml
 from PIL import Image
 
 from manifests import RunDir, UserError
-from pipeline.generate import make_shards, prepare_job
+from pipeline.generate import make_shards, near_chance, prepare_job
 from pipeline.verify import problems
 from pipeline.worker import Work, work_through
 from shards import ShardDataset
+
+from ..conftest import write_tar
 
 Digests = Callable[[Path], dict[str, str]]
 
@@ -311,7 +314,7 @@ def test_other_content_under_the_same_names_is_refused(world, run_copy: Path, tm
     tower["visual.proj"][0] += 1
     save_file(tower, clip / "open_clip_model.safetensors")
     lists = yaml.safe_load((world.clip / "prompts.yaml").read_text())
-    lists["comment"] = "names as before"
+    lists["folders"].reverse()
     (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(lists))
     fewer = Path(shutil.copytree(world.tars, tmp_path / "tars"))
     (fewer / "source-2.tar").unlink()
@@ -325,6 +328,26 @@ def test_other_content_under_the_same_names_is_refused(world, run_copy: Path, tm
         with pytest.raises(UserError, match=f"already holds shards made with another recipe: the {name} "):
             make_shards(world.load(field), str(run_copy))
     assert times(run_copy) == before
+
+
+def test_what_changes_nothing_may_change(world, run_copy: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A comment or a field that nobody reads in the file of the class list; templates that are not used, for the teacher has its own."""
+    lists = yaml.safe_load((world.clip / "prompts.yaml").read_text())
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"templates": lists["templates"]}))
+    (tmp_path / "prompts.yaml").write_text("# a comment\n" + yaml.safe_dump(lists | {"templates": ["not used: {}"], "more": 1}))
+    make_shards(world.load(f"source.classes={tmp_path / 'prompts.yaml'}", f"teacher.templates={own}"), str(run_copy))
+
+
+def test_a_command_s_secrets_are_not_published(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A token in a `pipe:` command is in no file of the run, neither when it fails, and with another token the run goes on."""
+    out, work = tmp_path / "run", f"TOKEN=%s; cat {world.tars}/source-0.tar"
+    for token in ("s3cret-one", "s3cret-two"):
+        make_shards(world.load(f"source.data=pipe:{work % token}", "source.keys=place"), str(out))
+    with pytest.raises(UserError) as caught:
+        make_shards(world.load(f"source.data=pipe:{work % 's3cret-three'}; exit 3"), str(tmp_path / "other"))
+    assert "s3cret" not in str(caught.value) and "pipe: command 000000" in str(caught.value)
+    assert not [path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
 
 
 def test_how_it_is_run_may_change(world, run_copy: Path) -> None:  # type: ignore[no-untyped-def]
@@ -412,6 +435,30 @@ def rows_of(run: Path) -> list[Record]:
     return [Record(row) for row in RunDir(run).manifest()[0].to_pylist()]
 
 
+def test_labels_that_are_not_the_teachers_are_told(world, finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """72 images under the next class's number, as a class list in another order gives: one line at the end; with the right ones none."""
+    table, _ = RunDir(finished_run).manifest(["key", "clean_pred"])
+    sees = {row["key"]: row["clean_pred"] for row in table.to_pylist() if row["clean_pred"] is not None}
+    images = {
+        str(path.relative_to(world.images).with_suffix("")).replace("/", "-"): path.read_bytes() for path in world.images.rglob("*.jpg")
+    }
+    for shift in (0, 1):
+        source = tmp_path / f"{shift}.tar"
+        samples = [(f"{again}-{key}", images[key], (label + shift) % 5) for again in range(2) for key, label in sees.items()]
+        write_tar(source, [m for key, image, label in samples for m in ((f"{key}.jpg", image), (f"{key}.cls", str(label).encode()))])
+        make_shards(world.load(f"source.data={source}", "attack.steps=0"), str(tmp_path / f"run{shift}"))
+        said = [line for line in capsys.readouterr().err.splitlines() if "guessing" in line]
+        assert len(said) == shift
+    assert said[0].startswith("note: on 0.0% of the clean images the teacher sees the label; guessing sees it on 20.0%.")
+
+
+def test_few_samples_raise_no_doubt_about_the_labels() -> None:
+    """Of 1000 classes, 250 samples without a hit say nothing yet; of 1.28 million, 1.2 % right (12 of 1000 classes in place) say it."""
+    assert not near_chance(0, 250, 1000) and near_chance(0, 400, 1000)
+    assert near_chance(15_360, 1_280_000, 1000) and not near_chance(100_000, 1_280_000, 1000)
+    assert not near_chance(0, 0, 1000) and not near_chance(40, 100, 2) and near_chance(5_000, 10_000, 2)
+
+
 def test_codes_change_without_an_attack(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Q is not idempotent: `codes_changed` is no measure of the attack, and the card says so where there are codes."""
     for kind, without in (("vqgan", False), ("identity", True)):
@@ -427,14 +474,17 @@ def test_codes_change_without_an_attack(world, tmp_path: Path) -> None:  # type:
 
 def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     """Images that cannot be read any more are left out; where the source has gone altogether, a note says so."""
-    images, out = Path(shutil.copytree(world.images, tmp_path / "images")), tmp_path / "run"
-    recipe = world.load(f"source.data={images}")
+    source, out = Path(shutil.copytree(world.tars, tmp_path / "source")), tmp_path / "run"
+    recipe = world.load(f"source.data={source}")
     make_shards(recipe, str(out))
     drawn = (out / "gallery.png").read_bytes()
     job = prepare_job(recipe, str(out))
     row = next(row for row in job.out.part(0)[0].to_pylist() if row["status"] == "verified")
-    (cut,) = (path for path in images.rglob("*.jpg") if row["key"].endswith(path.stem))
-    cut.write_bytes(cut.read_bytes()[:100])
+    tar, data = source / "source-0.tar", bytearray((source / "source-0.tar").read_bytes())
+    with tarfile.open(tar) as members:
+        image = next(member for member in members if member.name.replace("/", "-") == f"{row['key']}.jpg")
+    data[image.offset_data + 100 : image.offset_data + image.size] = bytes(image.size - 100)  # names, labels and sizes stay as they were
+    tar.write_bytes(data)
     for name in ("gallery.png", "manifest.parquet"):
         (out / name).unlink()
     make_shards(recipe, str(out))

@@ -127,13 +127,16 @@ KINDS: dict[str, tuple[bytes, Colours | str]] = {
     "truncated_jpeg": (JPEG[:-100], "unreadable image: .*truncated"),
     "truncated_jpeg_header": (JPEG[: len(JPEG) // 3], "unreadable image: .*Truncated"),
     "no_bytes": (b"", "unreadable image"),
-    "error_page": (b"<!doctype html>\n<html><body>404 Not Found</body></html>", "unreadable image: cannot identify"),
+    "error_page": (b"<!doctype html>\n<html><body>404 Not Found</body></html>", "unreadable image: .*header is damaged"),
     "header_bomb": (png(60_000, 60_000, 8, 2, b""), "unreadable image: .*decompression bomb"),
-    "png_with_a_bad_checksum": (PNG[:29] + bytes(4) + PNG[33:], "unreadable image: .*(broken PNG|cannot identify)"),
+    "png_with_a_bad_checksum": (PNG[:29] + bytes(4) + PNG[33:], "unreadable image: .*(broken PNG|header is damaged)"),
     "png_with_damaged_pixels": (PNG[:60] + bytes([PNG[60] ^ 0x55]) + PNG[61:], "unreadable image"),
     "png_without_pixels": (png(SIDE, SIDE, 8, 0, b""), "unreadable image"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\nshowpage\n%%EOF\n", "unreadable image: cannot identify"),
-    "jpeg_2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), "unreadable image: cannot identify"),
+    "postscript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\nshowpage\n%%EOF\n",
+        "unreadable image: .*header is damaged",
+    ),
+    "jpeg_2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), "unreadable image: .*header is damaged"),
 }
 
 

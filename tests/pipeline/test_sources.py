@@ -138,6 +138,43 @@ def test_empty_and_missing_tars(tmp_path: Path, write_tar: WriteTar) -> None:
         plan_source(str(tmp_path / "nowhere"), CLASSES, 10)
 
 
+def test_two_kinds_in_one_folder(tmp_path: Path, write_tar: WriteTar, write_hub: Callable[..., None]) -> None:
+    """Which is meant nobody knows: both are named, locally and behind a URL. Folders that are no classes, and a list, leave no doubt."""
+    import fsspec
+
+    write_tar(tmp_path / "n1.tar", [("x.jpg", b"data"), ("x.cls", b"0")])
+    (tmp_path / "logs").mkdir()
+    assert plan_source(str(tmp_path), CLASSES, 10).kind == "WebDataset"
+    (tmp_path / "n1").mkdir()
+    (tmp_path / "n1" / "y.jpg").write_bytes(b"data")  # as extracting ImageNet's own archives leaves them
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/two-kinds", recursive=True)
+    for data in (str(tmp_path), "memory://two-kinds"):
+        with pytest.raises(UserError, match=r"holds \*\.tar files \(n1\.tar …\) and class folders \(n1 …\), .*braces"):
+            plan_source(data, CLASSES, 10)
+    assert plan_source(f"{tmp_path}/n1.tar", CLASSES, 10).kind == "WebDataset"
+    shutil.rmtree(tmp_path / "n1")
+    write_hub(tmp_path / "a.parquet", [(b"x", "0.png", 0)])
+    with pytest.raises(UserError, match=r"holds \*\.tar files \(n1\.tar …\) and \*\.parquet files \(a\.parquet …\)"):
+        plan_source(str(tmp_path), CLASSES, 10)
+
+
+def test_links_are_what_they_lead_to(tmp_path: Path, write_tar: WriteTar, write_hub: Callable[..., None]) -> None:
+    """Linked tars, the Hub's cache (a snapshot of links into its blobs), linked class folders and images; a link to nothing is none."""
+    for folder in ("blobs", "tars", "hub", "classes/n5"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_tar(tmp_path / "blobs" / "0123", [("x.jpg", b"data"), ("x.cls", b"0")])
+    write_hub(tmp_path / "blobs" / "4567", [(b"x", "0.png", 0)])
+    (tmp_path / "tars" / "a.tar").symlink_to("../blobs/0123")
+    (tmp_path / "hub" / "train-00000-of-00001.parquet").symlink_to("../blobs/4567")
+    (tmp_path / "classes" / "n5" / "x.jpg").symlink_to("../../blobs/0123")
+    (tmp_path / "classes" / "n1").symlink_to("n5")
+    assert [s.key for s in read(tmp_path / "tars")] == ["x"]
+    assert [s.key for s in read(tmp_path / "hub")] == ["0"]
+    assert {(s.key, s.label) for s in read(tmp_path / "classes")} == {("n5-x", 2), ("n1-x", 1)}
+    (tmp_path / "tars" / "b.tar").symlink_to("../blobs/nothing")
+    assert len(read(tmp_path / "tars")) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8b" + bytes(600), b"PK\3\4" + bytes(600)])
 def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
     """Not a tar, or a compressed one: refused by name."""
@@ -157,8 +194,9 @@ def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
         plan_source(str(tmp_path), CLASSES, 10)
     (tmp_path / "b.tar").unlink()
     write_tar(tmp_path / "a.tar", [("x.jpg", b""), ("x.jpg", b"")])
-    with pytest.raises(UserError, match=r"a\.tar: two members x\.jpg"):
+    with pytest.raises(UserError, match=r"a\.tar: key 'x' occurs twice"):
         plan_source(str(tmp_path), CLASSES, 10)
+    assert [piece.count for piece in plan_source(str(tmp_path), CLASSES, 10, "place").pieces] == [2]
     for name in ("n1/k.jpg", "n1/k.png"):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(b"")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
+import threading
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import UserError
 from pipeline.classes import ClassList, load_classes
@@ -33,6 +36,58 @@ def test_on_an_object_store(world) -> None:  # type: ignore[no-untyped-def]
     memory.pipe_file("/tree/n00/x.jpg", b"")
     with pytest.raises(UserError, match=r"memory://tree/n00: this folder is not in the class list"):
         plan_source("memory://tree", classes, 7)
+
+
+def test_other_images_under_the_same_names_are_another_source(tmp_path: Path) -> None:
+    """Names and labels alone would let a run go on with other images; where only some of many were replaced, a sample of 64 shows it."""
+    (tmp_path / "n5").mkdir()
+    files = [tmp_path / "n5" / f"{n}.jpg" for n in range(1000)]
+    for file in files:
+        file.write_bytes(b"one")
+    before = plan_source(str(tmp_path), CLASSES, 10).fingerprint
+    assert plan_source(str(tmp_path), CLASSES, 10).fingerprint == before
+    for file in files[::5]:
+        file.write_bytes(b"two")
+    assert plan_source(str(tmp_path), CLASSES, 10).fingerprint != before
+
+
+class Meeting(MemoryFileSystem):
+    """A store whose reads wait for eight of their kind: one after the other they would never come to an end."""
+
+    protocol = "meeting"
+    cachable = False
+    together = threading.Barrier(8, timeout=30)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+        self.together.wait()
+        data: bytes = super().cat_file(path, start=start, end=end, **kwargs)
+        return data
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.removeprefix("meeting://")))
+
+
+def test_files_are_fetched_at_the_same_time_and_in_order() -> None:
+    """An object store answers in tens of milliseconds: a piece asks for several files at once, and keeps their order."""
+    fsspec.register_implementation("meeting", Meeting, clobber=True)
+    memory = fsspec.filesystem("memory")
+    for n in range(64):
+        memory.pipe_file(f"/many/n1/{n}.jpg", str(n).encode())
+    (piece,) = plan_source("meeting://many", CLASSES, 100).pieces
+    samples = list(piece.samples(CLASSES))
+    assert [s.key for s in samples] == [file.removesuffix(".jpg").replace("/", "-") for file, _ in piece.files]  # type: ignore[attr-defined]
+    assert [f"n1-{s.data.decode()}" for s in samples] == [s.key for s in samples] and len(samples) == 64
+
+
+def test_hidden_files_and_pipes(tmp_path: Path) -> None:
+    """What macOS and Jupyter leave beside images is no image; a named pipe, is recorded and not waited for."""
+    for name in ("n1/x.jpg", "n1/._x.jpg", "n1/.ipynb_checkpoints/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"data")
+    os.mkfifo(tmp_path / "n1" / "pipe.jpg")
+    (piece,) = plan_source(str(tmp_path), CLASSES, 10).pieces
+    assert {s.key: s.problem for s in piece.samples(CLASSES)} == {"n1-x": None, "n1-pipe": "cannot read the file: not a regular file"}
 
 
 def test_labels_never_come_from_order(tmp_path: Path) -> None:

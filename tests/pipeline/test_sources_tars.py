@@ -15,7 +15,7 @@ from pipeline.classes import ClassList, load_classes
 from pipeline.generate import make_shards
 from pipeline.recipe import load
 from pipeline.sources import SourcePlan, SourceSample, plan_source, tars
-from pipeline.sources.place import expand
+from pipeline.sources.place import expand, without_secrets
 from tests.conftest import write_tar
 
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
@@ -84,6 +84,26 @@ def test_lists_that_name_nothing(folder: Path, data: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_secrets() -> None:
+    assert without_secrets("https://me:pass@host/a-{0..3}.tar::s3://bucket/b.tar") == "https://host/a-{0..3}.tar::s3://bucket/b.tar"
+    assert (
+        without_secrets("a.tar::pipe:curl -H token x") == without_secrets("{pip,pip}e:curl -H token x") == "pipe:(a command, not recorded)"
+    )
+    assert without_secrets("/data/me@home/a.tar") == "/data/me@home/a.tar"
+
+
+def test_the_tars_of_commands_make_the_source(folder: Path) -> None:
+    """Other tars, or others inside the first, are another source; how they are fetched is not."""
+    one, again, other, fewer = (
+        plan_source(f"pipe:{command}", CLASSES, 100).fingerprint
+        for command in (
+            f"cat {folder}/train-00000{{0..2}}.tar", f"cd {folder} && true && cat train-00000{{0..2}}.tar",
+            f"cat {folder}/train-00000{{1..2}}.tar", f"cat {folder}/train-00000{{0..1}}.tar",
+        )
+    )  # fmt: skip
+    assert one == again and len({one, other, fewer}) == 3
+
+
 def test_commands(folder: Path) -> None:
     """``pipe:`` takes a tar from a command's output, one piece a command; braces and ``::`` make several."""
     expected = read(plan_source(str(folder), CLASSES, 100))
@@ -95,9 +115,15 @@ def test_commands(folder: Path) -> None:
     assert one.exact and one.samples == 4 and read(one) == expected[:4]
 
 
-@pytest.mark.parametrize("command", ["exit 3", "cat {folder}/train-000000.tar; exit 3", "head -c 1500 {folder}/train-000000.tar", "true"])
+FAILING = (
+    "exit 3", "cat {folder}/train-000000.tar; exit 3", "(cat {folder}/train-000000.tar; exit 3) | cat",
+    "head -c 1500 {folder}/train-000000.tar", "true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FAILING)
 def test_a_command_that_fails(folder: Path, command: str) -> None:
-    """A status other than 0 is named though the output looked whole; so is an output that is cut off, or empty."""
+    """A status other than 0, also before a `|`, is named though the output looked whole; so is an output that is cut off, or empty."""
     data = f"pipe:{command.format(folder=folder)}"
     with pytest.raises(UserError, match=r"pipe:.*(ended with status 3|not a readable tar)") as caught:
         plan_source(data, CLASSES, 100)
@@ -158,6 +184,22 @@ def test_every_cut_of_a_tar_is_exact(tmp_path: Path) -> None:
         ]
         keys = [sample.key for piece in pieces for sample in piece.samples(CLASSES)]
         assert keys == whole, cut
+
+
+def test_a_tar_cut_between_members_is_named_by_its_last_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that stopped where a member ends: refused when all headers are read, and otherwise by the piece that comes to its end."""
+    path = write(tmp_path / "t.tar", [f"k{i}" for i in range(40)])
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[60].offset
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(it stops at byte"):
+        plan_source(str(path), CLASSES, 10)
+    whole = write(tmp_path / "a.tar", [f"a{i}" for i in range(40)])
+    monkeypatch.setattr(tars, "EXACT", 10)
+    plan = plan_source(f"{whole}::{path}", CLASSES, 10)
+    with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(it stops at byte"):
+        list(plan.pieces[-1].samples(CLASSES))
+    assert all(sample.problem is None for piece in plan.pieces[:-1] for sample in piece.samples(CLASSES))
 
 
 def test_large_sources_are_looked_into_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

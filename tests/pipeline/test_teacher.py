@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from manifests import UserError
 from pipeline.classes import ClassList, load_classes
 from pipeline.recipe import Teacher as TeacherSettings
-from pipeline.teacher import Teacher, load_teacher, weights_fingerprint
+from pipeline.teacher import OPENAI_MEAN, Teacher, load_teacher, weights_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,45 @@ def test_own_tokenizer_merges(clip_copy: Path, classes: ClassList, teacher: Teac
     head = load_teacher(settings(clip_copy), classes).head
     assert not torch.allclose(head, teacher.head, atol=1e-3)
     torch.testing.assert_close(head, head_by_hand(clip_copy, classes.names, classes.templates, bpe_path=str(bpe)), atol=1e-5, rtol=1e-4)
+
+
+def test_models_with_a_text_tower_of_their_own(world, classes: ClassList, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """CoCa, EVA, SigLIP: random weights need neither their tokenizer nor a projection; a bias of all logits changes no probability."""
+    import open_clip
+
+    config = json.loads((world.clip / "open_clip_config.json").read_text())
+    tower = {"custom_text": True, "init_logit_bias": -10}
+    (tmp_path / "tiny-siglip.json").write_text(json.dumps(config["model_cfg"] | tower | {"text_cfg": {"hf_tokenizer_name": "no/where"}}))
+    open_clip.add_model_config(tmp_path / "tiny-siglip.json")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    random = load_teacher(TeacherSettings(kind="open_clip", model="tiny-siglip", weights="random"), classes)
+    assert random(images).shape == (2, 5)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(config | {"model_cfg": config["model_cfg"] | tower}))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    (tmp_path / "prompt.yaml").write_text(yaml.safe_dump({"templates": ["a {}"]}))
+    made = load_teacher(settings(folder, templates=str(tmp_path / "prompt.yaml")), classes)
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([f"a {name}" for name in classes.names])
+    expected, _ = model.get_logits((images - made.mean) / made.std, tokens)
+    torch.testing.assert_close(made(images).softmax(1), expected.softmax(1))
+
+
+def test_a_file_is_normalised_by_kind(world, classes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """A file holds no mean and deviation: those of open_clip's own weights of the model are taken; OpenAI's where there are none."""
+    import open_clip
+    from open_clip import pretrained
+
+    config = json.loads((world.clip / "open_clip_config.json").read_text())
+    (tmp_path / "tiny-other.json").write_text(json.dumps(config["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "tiny-other.json")
+    asked = TeacherSettings(kind="open_clip", model="tiny-other", weights=str(world.clip / "open_clip_model.safetensors"))
+    assert load_teacher(asked, classes).mean.flatten().tolist() == pytest.approx(OPENAI_MEAN)
+    tags = {tag: {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} for tag in ("one", "two")}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-other", tags)
+    teacher = load_teacher(asked, classes)
+    assert teacher.mean.flatten().tolist() == [0.5] * 3 and teacher.std.flatten().tolist() == [0.25] * 3
 
 
 def test_templates_from_elsewhere(world, classes: ClassList, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

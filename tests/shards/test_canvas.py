@@ -184,6 +184,41 @@ def test_not_images() -> None:
         with pytest.raises(BadImage) as caught:
             load_canvas(data, 32)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+        assert "0x" not in str(caught.value), "an address in memory, which differs from run to run"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_numbers(value: float) -> None:
+    """One NaN in a float image would make its range unknown, and all of it black."""
+    values = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    assert load_canvas(encode(Image.fromarray(values), "TIFF"), 32).max() > 240
+    values[0, 0] = value
+    with pytest.raises(BadImage, match="no finite numbers"):
+        load_canvas(encode(Image.fromarray(values), "TIFF"), 32)
+
+
+REMARKS = """
+import sys, warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shards.canvas import load_canvas
+before, data = list(warnings.filters), Path(sys.argv[1]).read_bytes()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: load_canvas(data, 32), range(500)))
+assert warnings.filters == before
+warnings.warn("of somebody else")
+"""
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, python: Callable[..., Any]) -> None:
+    """PIL's remarks on a broken EXIF are not shown; those of others are, also after many threads have decoded."""
+    five_entries = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # of which none follows
+    (tmp_path / "odd.jpg").write_bytes(encode(quarters(), "JPEG", exif=five_entries))
+    with pytest.warns(UserWarning, match="EXIF"):
+        load_canvas((tmp_path / "odd.jpg").read_bytes(), 32)
+    told = python(REMARKS, tmp_path / "odd.jpg")
+    assert told.returncode == 0, told.stderr
+    assert "of somebody else" in told.stderr and "EXIF" not in told.stderr
 
 
 def test_too_small_to_mean_anything() -> None:
