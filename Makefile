@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# The demo's recipe, but for other shards that of the student, if it has one.
-RECIPE ?= $(if $(and $(STUDENT),$(filter-out data/demo,$(SHARDS)),$(wildcard trainer/recipes/$(STUDENT).yaml)),$(STUDENT),demo)
+# Not given, the demo's, or for other shards that of the student.
+RECIPE ?=
 OUT ?= data/demo
 # Not given, they are what the recipe says.
 STUDENT ?=
@@ -16,7 +16,7 @@ ARGS ?=
 LAUNCHER ?=
 WORKERS ?=
 N ?= 50
-LEARN = $(if $(STUDENT),--student $(STUDENT)) $(addprefix --shards ,$(or $(SHARDS),$(filter-out data/demo,$(OUT))))
+LEARN = $(addprefix --recipe ,$(RECIPE)) $(addprefix --student ,$(STUDENT)) $(addprefix --shards ,$(or $(SHARDS),$(filter-out data/demo,$(OUT))))
 # Two busy processes on the same cores would otherwise spin against each other, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
@@ -42,7 +42,7 @@ renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (t
 
 # The demo composes its own images; any other recipe brings DATA.
 shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
-	@$(RUN) -m pipeline generate --recipe $(RECIPE) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
+	@$(RUN) -m pipeline generate --recipe $(or $(RECIPE),demo) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
 		$(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
@@ -52,12 +52,12 @@ verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of
 	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
 
 # The demo's students learn from the demo's shards and are validated on its images: make those first.
-DEMO := $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo,$(SHARDS) $(OUT)),,$(RENDITIONS)/sketch-unseen/done data/demo/manifest.parquet)
+DEMO := $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo data/demo/,$(SHARDS) $(OUT)),,$(RENDITIONS)/sketch-unseen/done data/demo/manifest.parquet)
 data/demo/manifest.parquet:
 	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
 
 train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
-	@$(RUN) -m trainer train --recipe $(RECIPE) $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(RUN) -m trainer train $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval
 	@for objective in plain kd dad; do $(MAKE) --no-print-directory train OBJECTIVE=$$objective || exit; done
@@ -67,16 +67,16 @@ eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in r
 	@$(RUN) -m trainer eval runs --data $(if $(DATA),$(DATA),$(RENDITIONS)) $(ARGS)
 
 demo-table: $(VENV)/ready $(DEMO) ## 3 seeds of plain, KD and DAD (about an hour on two cores)
-	@$(RUN) -m trainer demo-table --recipe $(RECIPE) $(LEARN) $(ARGS)
+	@$(RUN) -m trainer demo-table $(LEARN) $(ARGS)
 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
-	@$(RUN) -m pipeline.benchmark --recipe $(RECIPE) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)
+	@$(RUN) -m pipeline.benchmark --recipe $(or $(RECIPE),demo) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)
 
 bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
 
 bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
-	@$(RUN) -m trainer.cost --recipe $(RECIPE) $(LEARN) $(ARGS)
+	@$(RUN) -m trainer.cost $(LEARN) $(ARGS)
 
 export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }

@@ -97,10 +97,10 @@ set_option = click.option(
 )
 
 
-def recipe_option_of(folder: Path) -> Callable[[Any], Any]:
-    """The option ``--recipe``, whose help lists the recipes of a room's folder."""
+def recipe_option_of(folder: Path, default: str | None = "demo", told: str | bool = True) -> Callable[[Any], Any]:
+    """The option ``--recipe``, whose help lists the recipes of a room's folder. told: the default as the help tells it."""
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    return click.option("--recipe", default="demo", show_default=True, metavar="FILE|NAME", help=f"A YAML file, or one of: {names}.")
+    return click.option("--recipe", default=default, show_default=told, metavar="FILE|NAME", help=f"A YAML file, or one of: {names}.")
 
 
 def add_recipe_command(group: click.Group, load: Callable[[str, Sequence[str]], Any]) -> None:

@@ -8,7 +8,7 @@ import click
 
 from manifests.command import ProjectGroup, add_recipe_command, as_overrides, recipe_option_of, set_option
 
-from .recipe import FOLDER, load
+from .recipe import DEMO, FOLDER, choose, load
 
 
 @click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +21,8 @@ def main() -> None:
     """
 
 
-recipe_option = recipe_option_of(FOLDER)
+recipe_option = recipe_option_of(FOLDER, None, "the demo's for its shards, else that of the student")
+student_option = click.option("--student", metavar="NAME", help="Any timm model, or one of the recipes.")
 data_option = click.option(
     "--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path), help="Folder of evaluation sets."
 )
@@ -29,14 +30,14 @@ data_option = click.option(
 
 @main.command()
 @recipe_option
-@click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
+@student_option
 @click.option("--shards", metavar="DIR", help="The run directory to learn from; short for --set shards=DIR.")
 @click.option("--objective", type=click.Choice(["plain", "kd", "dad"]), help="Short for --set loss.objective=….")
 @click.option("--seed", type=int, help="Short for --set seed=….")
-@click.option("--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED]")
+@click.option("--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED, or RECIPE-…]")
 @set_option
 def train(
-    recipe: str,
+    recipe: str | None,
     student: str | None,
     shards: str | None,
     objective: str | None,
@@ -48,11 +49,13 @@ def train(
     from .distributed import joined  # not at the top: --help need not wait for torch
 
     with joined():
-        named = {"student": student, "shards": shards, "loss.objective": objective, "seed": seed}
+        recipe, model = choose(recipe, student, shards)
+        named = {"student": model, "shards": shards, "loss.objective": objective, "seed": seed}
         settings = load(recipe, [*as_overrides(named), *overrides])
         from .loop import train as run
 
-        run(settings, out or f"runs/{settings.student}-{settings.loss.objective}-s{settings.seed}")
+        name = student or (settings.student if recipe == DEMO else Path(recipe).stem)
+        run(settings, out or f"runs/{name}-{settings.loss.objective}-s{settings.seed}")
 
 
 @main.command("eval")
@@ -83,15 +86,18 @@ def export_student(run: str, out: str, onnx: bool) -> None:
 @recipe_option
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @data_option
-@click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
+@student_option
 @click.option("--shards", metavar="DIR", help="The run directory to learn from; short for --set shards=DIR.")
 @click.option("--out", default="runs/demo-table", show_default=True, metavar="DIR")
 @set_option
-def table(recipe: str, seeds: int, data: Path, student: str | None, shards: str | None, out: str, overrides: tuple[str, ...]) -> None:
-    """Train plain, KD and DAD students with several seeds and print means ± standard errors. Takes about an hour on two cores."""
+def table(
+    recipe: str | None, seeds: int, data: Path, student: str | None, shards: str | None, out: str, overrides: tuple[str, ...]
+) -> None:
+    """Train plain, KD and DAD students with several seeds and print means ± standard errors. About an hour on two cores."""
     from .compare import demo_table
 
-    demo_table(recipe, seeds, out, data, [*as_overrides({"student": student, "shards": shards}), *overrides])
+    recipe, model = choose(recipe, student, shards)
+    demo_table(recipe, seeds, out, data, [*as_overrides({"student": model, "shards": shards}), *overrides])
 
 
 add_recipe_command(main, load)

@@ -12,12 +12,12 @@ from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
 
 from .ledger import IGNORED, Models, measure, table, whole_bursts
-from .recipe import FOLDER, Recipe, load
+from .recipe import FOLDER, Recipe, choose, load
 
 
 @click.group(cls=ProjectGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@recipe_option_of(FOLDER)
-@click.option("--student", metavar="NAME", help="Any timm model name; short for --set student=NAME.")
+@recipe_option_of(FOLDER, None, "the demo's for its shards, else that of the student")
+@click.option("--student", metavar="NAME", help="Any timm model, or one of the recipes.")
 @click.option("--shards", metavar="DIR", help="The run directory to read from; short for --set shards=DIR.")
 @click.option("--random", metavar="NAME", help="Instead of the run's models, this timm model as teacher and a VQGAN f8-16384, untrained.")
 @click.option(
@@ -30,10 +30,11 @@ from .recipe import FOLDER, Recipe, load
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Measurements of each scheme; medians count.")
 @set_option
 def main(
-    recipe: str, student: str | None, shards: str | None, random: str | None, steps: int, repeats: int, overrides: tuple[str, ...]
+    recipe: str | None, student: str | None, shards: str | None, random: str | None, steps: int, repeats: int, overrides: tuple[str, ...]
 ) -> None:
     """Measure every way of training in turn, as ratios to plain training, loading included."""
-    settings = load(recipe, [*as_overrides({"student": student, "shards": shards}), *overrides])
+    recipe, model = choose(recipe, student, shards)
+    settings = load(recipe, [*as_overrides({"student": model, "shards": shards}), *overrides])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)

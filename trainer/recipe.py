@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manifests import Execution, Location, load_recipe, recipe_dataclass
+from manifests import Execution, Location, RunDir, UserError, load_recipe, recipe_dataclass
 
 FOLDER = Path(__file__).parent / "recipes"
+DEMO = "demo"
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -139,3 +141,33 @@ class Recipe:
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides."""
     return load_recipe(Recipe, name, FOLDER, overrides)
+
+
+def choose(recipe: str | None, student: str | None, shards: str | None) -> tuple[str, str | None]:
+    """(recipe, timm model or None for the recipe's own) for what a command names. ``student`` is a timm model or one of our recipes.
+
+    Where no recipe is named, shards of the demo's classes are learned from as in the demo, others by the recipe of the student's name,
+    or else the first that trains this model. Raises UserError when there is none, or there are no shards.
+    """
+    own = {path.stem: load(path.stem).student for path in sorted(FOLDER.glob("*.yaml")) if path.stem != DEMO}
+    model = own.get(student, student) if student else None
+    if recipe is not None:
+        return recipe, model
+    if shards is None or _are_the_demos(shards):
+        return DEMO, model
+    fitting = sorted((name for name in own if student in (name, own[name])), key=lambda name: name != student)
+    if not fitting:
+        whose = f"{student} has" if student else "there is"
+        raise UserError(f"--recipe: {whose} no recipe for {shards}; name the one whose settings to take: {', '.join([DEMO, *own])}")
+    return fitting[0], None
+
+
+def _are_the_demos(shards: str) -> bool:
+    """Known by their place or, wherever they are, by their classes."""
+    from .evaluate import CLASSES
+
+    demo = load(DEMO)
+    if Path(shards) == Path(demo.shards):
+        return True
+    classes, known = RunDir(shards).info().classes, Path(str(demo.validation)).parent / CLASSES
+    return known.exists() and json.loads(known.read_text()) == classes

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 
+from manifests import RunDir, UserError
+from trainer import recipe
 from trainer.loop import train
-from trainer.recipe import FOLDER, load
+from trainer.recipe import FOLDER, choose, load
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -39,3 +44,47 @@ def test_header_says_command_hardware_time_and_the_papers_number(name: str) -> N
     assert f"make train RECIPE={name} " in header
     for word in ("Hardware:", "hours", "estimate, not a measurement", "GFLOP", "The paper's numbers"):
         assert word in header, word
+
+
+@pytest.mark.parametrize(
+    ("named", "student", "chosen"),
+    [
+        (None, "resnet50", ("resnet50", None)),
+        (None, "vit_base", ("vit_base", None)),
+        (None, "vit_base_in21k", ("vit_base_in21k", None)),
+        (None, "vit_base_patch16_224", ("vit_base", None)),
+        (None, "vit_small_patch16_224", ("vit_small", None)),
+        ("vit_small", "convnext_tiny", ("vit_small", "convnext_tiny")),
+        ("resnet50", "vit_small", ("resnet50", "vit_small_patch16_224")),
+        ("mine.yaml", None, ("mine.yaml", None)),
+    ],
+)
+def test_a_student_finds_its_recipe(tiny_run: Path, named: str | None, student: str | None, chosen: tuple[str, str | None]) -> None:
+    assert choose(named, student, str(tiny_run)) == chosen
+
+
+def test_the_demos_shards_are_learned_from_as_in_the_demo(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their place, and elsewhere."""
+    assert choose(None, "resnet50", None) == choose(None, "resnet50", "data/demo/") == ("demo", "resnet50")
+    assert choose(None, "vit_base", "data/demo") == ("demo", "vit_base_patch16_224")
+    with pytest.raises(UserError, match=r"--recipe: resnet18 has no recipe for .*; name the one whose settings to take: demo, resnet34, "):
+        choose(None, "resnet18", str(tiny_run))
+    demo = replace(load("demo"), validation=str(tmp_path / "val"))
+    (tmp_path / "classes.json").write_text(json.dumps(RunDir(tiny_run).info().classes))
+    monkeypatch.setattr(recipe, "load", lambda name: demo if name == "demo" else load(name))
+    assert choose(None, "resnet18", str(tiny_run)) == ("demo", "resnet18")
+    with pytest.raises(UserError, match="no run directory here"):
+        choose(None, "resnet18", str(tmp_path / "nowhere"))
+
+
+def test_make_leaves_the_choice_to_the_command() -> None:
+    """`make train STUDENT=vit_base SHARDS=…`: what the student is called and which recipe it has is decided in one place."""
+    for given, words in {
+        "STUDENT=vit_base SHARDS=/data/dad": "--student vit_base --shards /data/dad",
+        "STUDENT=resnet50": "--student resnet50",
+        "RECIPE=resnet50 OUT=/data/dad": "--recipe resnet50 --shards /data/dad",
+        "STUDENT=resnet18 SEED=3": "--student resnet18 --seed 3",
+    }.items():
+        planned = subprocess.run(["make", "-n", "train", *given.split()], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
+        (line,) = [line for line in planned.stdout.splitlines() if "trainer train" in line]
+        assert line.partition("trainer train")[2].split() == words.split()
