@@ -145,7 +145,12 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def agree(flag: bool) -> bool:
     """What rank 0 says: clocks differ."""
-    return bool(sum_over_ranks(torch.tensor(flag and is_first(), dtype=torch.int64)))
+    return any_rank(flag and is_first())
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any of them says so."""
+    return bool(sum_over_ranks(torch.tensor(flag, dtype=torch.int64)))
 
 
 def gather(value: T) -> list[T]:

@@ -11,20 +11,23 @@ from typing import Any, TypeVar
 import click
 
 from manifests.progress import progress
+from shards import Batch
 
 from . import distributed
 from .augmentation import Augment
 from .checkpoint import BEST, METRICS, Progress, StudentDir
 from .evaluate import score_set
+from .interrupt import told_to_stop
 from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
 from .optimizer import learning_rate
 from .recipe import Recipe
 from .run import Training, check_weights, images_a_step, prepare, save
-from .step import train_step
+from .step import Losses, train_step
 from .student import fixed_size
 
 LOG_EVERY = 20  # steps
+ASK_EVERY = 5  # steps: a few seconds, where a cluster gives half a minute between the signal to stop and the end
 T = TypeVar("T")
 
 
@@ -53,51 +56,53 @@ def train(recipe: Recipe, out: str) -> StudentDir:
 
 
 def train_epoch(run: Training, log: Log, bar: Any) -> None:
-    """From where the run is to the end of its epoch, with checkpoints on the way."""
-    recipe, reader, at = run.recipe, run.reader, run.at
-    settings, meter, on_gpu = recipe.optimizer, Meter(), run.device.type == "cuda"
-    augment = Augment(recipe.augmentation, run.side)
-    warmup = round(settings.warmup * reader.steps)
+    """From where the run is to the end of its epoch, with checkpoints on the way.
+
+    Told to stop, it writes one more and raises KeyboardInterrupt.
+    """
+    recipe, reader, at, meter = run.recipe, run.reader, run.at, Meter()
+    augment, pin = Augment(recipe.augmentation, run.side), run.device.type == "cuda"
     saved = clock = time.monotonic()
     run.student.train()
-    for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=on_gpu)):
-        step, sizes = run.now, reader.sizes(at.step)
-        rate = learning_rate(step, peak=settings.lr, warmup=warmup, total=run.total)
-        losses = train_step(
-            run.forward,
-            run.optimizer,
-            batch,
-            recipe,
-            totals=sizes,
-            rate=rate,
-            step=step,
-            device=run.device,
-            bf16=run.bf16,
-        )
-        if run.average is not None:
-            run.average.update(run.student, step=step)
-        meter.add(step, losses, batch)
-        at.step += 1
-        at.images += sum(sizes.values())
-        at.waited += waited
-        last, logs = at.step == reader.steps, step % LOG_EVERY == 0
-        due = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
-        if distributed.world() > 1:  # whether a checkpoint is due, all ranks must see alike, and asking costs time
-            due = logs and distributed.agree(due)
-        due = due or last
-        if due or logs:
-            _record(at, meter, log, bar)
-            if logs:
-                log.write({"lr": rate}, step)
-            now = time.monotonic()
-            at.seconds, clock = at.seconds + now - clock, now
-        if due:
-            check_weights(run)
-        if due and not last:
-            save(run)
-            log.flush()  # what is on disk ends where the checkpoint does
-            saved = time.monotonic()
-        bar.update()
+    with told_to_stop(quiet=not distributed.is_first()) as stop:
+        for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)):
+            step = run.now
+            rate, losses = advance(run, batch)
+            meter.add(step, losses, batch)
+            at.waited += waited
+            last, logs = at.step == reader.steps, step % LOG_EVERY == 0
+            due, leave = time.monotonic() - saved > 60 * recipe.checkpoint_minutes, stop.asked
+            if distributed.world() > 1:  # all ranks must see alike, and asking costs time
+                asks = last or step % ASK_EVERY == 0
+                due, leave = asks and distributed.agree(due), asks and distributed.any_rank(leave)
+            due = due or last or leave
+            if due or logs:
+                _record(at, meter, log, bar)
+                if logs:
+                    log.write({"lr": rate}, step)
+                now = time.monotonic()
+                at.seconds, clock = at.seconds + now - clock, now
+            if due:
+                check_weights(run)
+                save(run)
+                log.flush()  # what is on disk ends where the checkpoint does
+                saved = time.monotonic()
+            bar.update()
+            if leave:
+                raise KeyboardInterrupt
+
+
+def advance(run: Training, batch: Batch) -> tuple[float, Losses]:
+    """One step of training: its learning rate, and the losses, still on the device."""
+    recipe, reader, at, step = run.recipe, run.reader, run.at, run.now
+    settings, sizes = recipe.optimizer, reader.sizes(at.step)
+    rate = learning_rate(step, peak=settings.lr, warmup=round(settings.warmup * reader.steps), total=run.total)
+    losses = train_step(run.forward, run.optimizer, batch, recipe, totals=sizes, rate=rate, step=step, device=run.device, bf16=run.bf16)
+    if run.average is not None:
+        run.average.update(run.student, step=step)
+    at.step += 1
+    at.images += sum(sizes.values())
+    return rate, losses
 
 
 def end_epoch(run: Training, log: Log) -> None:

@@ -205,6 +205,18 @@ def test_a_killed_rank_ends_the_job_in_seconds(tiny_run: Path, tmp_path: Path, r
     assert len(lines) == 1 and lines[0].startswith(f"error: rank {victim} has ended without a word"), lines
 
 
+def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """SIGTERM to rank 1 alone: both finish a step, rank 0 writes what was learned, nobody speaks of a lost process."""
+    processes = ranks(2, *command(tiny_run, tmp_path, "epochs=1000", "checkpoint_minutes=1000"))
+    wait_for((tmp_path / METRICS).exists)
+    told_at = time.time()
+    processes[1].send_signal(signal.SIGTERM)
+    output = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130]
+    assert sum("the same command goes on from there" in text for text in output) == 1 and not any("error:" in text for text in output)
+    assert (tmp_path / LAST).stat().st_mtime > told_at and StudentDir(tmp_path).load_last() is not None
+
+
 def test_a_user_error_is_told_once(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
     statuses, lines = told(ranks(2, *command(tiny_run, tmp_path / "student", "student=test_resnt")))
     assert statuses == [2, 2]
