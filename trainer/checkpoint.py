@@ -16,7 +16,7 @@ from manifests import Store, UserError, load_weights
 from manifests.recipe import as_tree, identity
 
 from .recipe import Recipe
-from .student import Student, create_student
+from .student import Student, create_student, weights_of
 
 RUN, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors", "metrics.csv"
 
@@ -111,8 +111,7 @@ class StudentDir:
 
     def save_best(self, student: Student) -> None:
         """The plain timm state dict of the student."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in student.model.state_dict().items()}
-        self.store.write(BEST, save(weights, metadata={"format": "pt"}))
+        self.store.write(BEST, save(weights_of(student.model), metadata={"format": "pt"}))
 
     def load_student(self) -> Student:
         """The best checkpoint as a model. Raises UserError when training has not got that far."""

@@ -15,7 +15,7 @@ from manifests import Store, UserError
 
 from .checkpoint import BEST, StudentDir, StudentInfo
 from .evaluate import RESULTS, Score
-from .student import Student, fixed_size
+from .student import Student, fixed_size, weights_of
 
 CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"  # the names that the hub expects
 OPSET = 18
@@ -29,7 +29,7 @@ def export(run: StudentDir, out: str, *, onnx: bool = False) -> list[str]:
     info, student = run.info(), run.load_student()
     files = {
         CONFIG: (json.dumps(timm_config(info, student.model), indent=2) + "\n").encode(),
-        WEIGHTS: save({name: value.contiguous() for name, value in student.model.state_dict().items()}, metadata={"format": "pt"}),
+        WEIGHTS: save(weights_of(student.model), metadata={"format": "pt"}),
     }
     if onnx:
         files[ONNX] = to_onnx(student, info.side)

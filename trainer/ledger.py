@@ -27,7 +27,7 @@ from .optimizer import create_optimizer
 from .recipe import Recipe
 from .run import open_reader
 from .step import batch_loss, split_batch
-from .student import create_student
+from .student import create_student, to_device
 
 # Table 7 gives Fast AdvProp as 3: its three passes are those of AdvProp with one step. Decoupled, as published, it takes fewer.
 PAPER = {"AT-10": 11.0, "AdvProp-5": 7.0, "AdvProp-1": 3.0, "DAT-1": 3.5, "DAD from shards": 2.0}
@@ -129,7 +129,7 @@ def measure(
         raise UserError(f"{recipe.shards}: {batches} batches, a measurement takes {warmup + steps}; lower batch or --steps")
     torch.backends.cudnn.benchmark = True  # as in training
     torch.manual_seed(recipe.seed)
-    student = create_student(recipe.student, len(dataset.classes), side).to(device).to(memory_format=torch.channels_last).train()
+    student = to_device(create_student(recipe.student, len(dataset.classes), side), device).train()
     auxiliary = online.with_auxiliary_norms(student)
     optimizer = create_optimizer(nn.ModuleList([student, auxiliary]), recipe.optimizer)
     augment, bf16 = Augment(recipe.augmentation, side), use_bf16(recipe.precision, device)

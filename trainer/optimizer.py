@@ -19,20 +19,25 @@ FUSED = ("adam", "adamw", "sgd", "momentum")  # of torch, in one pass over the w
 def create_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """timm's optimizer of that name over a timm model, whose own lists say what takes no weight decay and which layer is which.
 
-    Raises UserError for a name that timm does not know.
+    Raises UserError for a name that timm does not know, or that does not work here.
     """
     if settings.name.lower() not in timm.optim.list_optimizers():
         raise UserError(f"optimizer.name: timm knows no optimizer {settings.name!r}{nearest(settings.name, timm.optim.list_optimizers())}")
     fused = {"fused": True} if settings.name.lower() in FUSED else {}
-    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-        model,
-        opt=settings.name,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        layer_decay=settings.layer_decay,
-        **fused,
-    )
+    if timm.optim.get_optimizer_info(settings.name.lower()).second_order:
+        raise UserError(f"optimizer.name: {settings.name} wants second derivatives, which training does not take; choose another")
+    try:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            layer_decay=settings.layer_decay,
+            **fused,
+        )
+    except (AssertionError, ImportError) as error:  # of apex and bitsandbytes, which some of timm's take theirs from
+        raise UserError(f"optimizer.name: {settings.name} does not work here: {error}") from error
     return optimizer
 
 

@@ -23,7 +23,7 @@ from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer
 from .recipe import Recipe
 from .step import Forward
-from .student import Student, create_student
+from .student import Student, create_student, to_device, try_out
 
 
 @dataclass
@@ -82,7 +82,9 @@ def prepare(recipe: Recipe, out: str) -> Training:
     )
     if recipe.sync_bn:
         student = timm.layers.convert_sync_batchnorm(student)
-    student = student.to(device).to(memory_format=torch.channels_last)
+    student = to_device(student, device)
+    bf16 = use_bf16(recipe.precision, device)
+    try_out(student, min(2, _smallest_part(recipe, reader)), side, device, bf16=bf16)
     optimizer = create_optimizer(student.model, recipe.optimizer)
     if recipe.validation is not None:
         check_set(Path(recipe.validation), reader.classes)
@@ -99,7 +101,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
         reader=reader,
         side=side,
         device=device,
-        bf16=use_bf16(recipe.precision, device),
+        bf16=bf16,
         student=student,
         forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches come in two or three sizes
         average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
@@ -174,6 +176,12 @@ def resume(run: Training) -> None:
 def images_a_step(reader: TrainingReader) -> str:
     """For people: "64 clean + 37.9 dad"."""
     return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())
+
+
+def _smallest_part(recipe: Recipe, reader: TrainingReader) -> int:
+    """Images that the student sees at one time, at least."""
+    parts = [samples // reader.steps // distributed.world() // recipe.accumulate for samples in reader.samples.values()]
+    return max(1, min(parts) if recipe.forward == "separate" else sum(parts))
 
 
 def _check(recipe: Recipe, reader: TrainingReader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from manifests import UserError, load_weights
+from manifests.devices import out_of_memory
 from manifests.recipe import nearest
 
 
@@ -59,6 +61,32 @@ def create_student(
         raise UserError(f"student: {name} cannot be built for {side} x {side} images with these options: {_short(error)}") from error
     settings = timm.data.resolve_data_config(model=model)
     return Student(model, settings["mean"], settings["std"])
+
+
+def to_device(student: Student, device: torch.device) -> Student:
+    """Moved there, with the weights of its 2-D convolutions channels_last; some models have others, which cannot be."""
+    student.to(device)
+    for weight in student.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return student
+
+
+def try_out(student: Student, images: int, side: int, device: torch.device, *, bf16: bool) -> None:
+    """One forward, as in training, of a copy. Raises UserError for a student that cannot take so many images of ``side`` pixels."""
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            copy.deepcopy(student).train()(torch.zeros(images, 3, side, side, device=device))
+    except Exception as error:  # whatever a model raises; out of memory it says by itself what to lower
+        if out_of_memory(error):
+            raise
+        what = f"{images} image{'s' * (images > 1)} of {side} x {side} pixels at a time"
+        raise UserError(f"student: it cannot learn from {what}: {_short(error) or type(error).__name__}") from error
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as safetensors takes it: on the CPU, and each tensor for itself, also where the model ties two."""
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
 def fixed_size(name: str) -> bool:

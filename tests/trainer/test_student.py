@@ -10,9 +10,11 @@ import torch
 
 from manifests import UserError
 from trainer.checkpoint import StudentDir, describe
+from trainer.export import export
 from trainer.optimizer import create_optimizer
 from trainer.recipe import Optimizer, load
-from trainer.student import Student, create_student
+from trainer.run import prepare
+from trainer.student import Student, create_student, to_device, try_out
 
 NAME = "test_vit"
 
@@ -104,3 +106,46 @@ def test_a_student_is_loaded_with_the_normalisation_that_it_was_trained_with(tmp
     directory.save_best(trained)
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(directory.load_student()(images), trained(images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["student=inception_v3"], "it cannot learn from 2 images of 32 x 32 pixels at a time: "),
+        (["accumulate=5", "forward=separate"], "it cannot learn from 1 image of 32 x 32 pixels at a time: Expected more than 1 value"),
+        (["optimizer.name=fusedadamw"], "optimizer.name: fusedadamw does not work here: CUDA required"),
+        (["optimizer.name=adahessian"], "optimizer.name: adahessian wants second derivatives"),
+    ],
+)
+def test_what_would_fail_later_is_said_before_anything_is_written(tiny_run: Path, tmp_path: Path, settings: list[str], said: str) -> None:
+    base = [f"shards={tiny_run}", "student=test_resnet", "validation=null", "batch=8", "threads=1", *settings]
+    with pytest.raises(UserError, match=said):
+        prepare(load("demo", base), str(tmp_path / "student"))
+    assert not (tmp_path / "student").exists()
+
+
+def test_trying_a_student_out_leaves_it_as_it_was() -> None:
+    student = create_student("test_resnet", 5, 32)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    try_out(student, 2, 32, torch.device("cpu"), bf16=False)
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_tied_weights_are_written(tmp_path: Path) -> None:
+    """safetensors refuses tensors that share memory, as those of timm's CoaT do."""
+    torch.manual_seed(0)
+    student = create_student("coat_lite_tiny", 5, 64)
+    tensors = student.model.state_dict()
+    assert len({value.data_ptr() for value in tensors.values()}) < len(tensors)
+    directory = StudentDir(tmp_path / "student")
+    directory.claim(describe(load("demo", ["student=coat_lite_tiny"]), student, [str(n) for n in range(5)], 64, "shards"))
+    directory.save_best(student)
+    assert export(directory, str(tmp_path / "out"))
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(directory.load_student()(images), student.eval()(images))
+
+
+def test_weights_of_three_dimensions_move_too() -> None:
+    student = to_device(create_student("lambda_resnet26t", 5, 64), torch.device("cpu"))
+    assert {weight.dim() for weight in student.parameters()} >= {4, 5}
+    assert student.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 5)
