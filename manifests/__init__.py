@@ -2,12 +2,13 @@
 
 Works without a GPU and without open_clip, taming or timm. For others to use:
 
-- `RunDir`: a run directory (local or any fsspec URL): read and write ``run.json``, parts and the sealed manifest; find damage.
+- `RunDir`: a run directory (local or any fsspec URL): ``run.json`` (`RunInfo`), parts and the sealed manifest; finds damage.
 - `Store`: the one place that opens paths and URLs; atomic writes.
-- `recipe_dataclass`, `load_recipe`: recipes (YAML to frozen dataclass) with refusals that name the nearest field.
+- `recipe_dataclass`, `load_recipe`: recipes (YAML to frozen dataclass) with refusals that name the nearest field; `Execution` and
+  `Location` mark fields that do not decide the bytes.
 - `load_weights`, `find_file`: tensors from files, never code.
 - `claims`: who is making which shard, on any machine.
-- `UserError`: a one-line message for the user; `command`: how command lines print it.
+- `UserError`: a one-line message for the user, of which `Unwritable` and `Unreachable` are kinds; `command`: how command lines print it.
 - `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """
 

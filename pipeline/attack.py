@@ -32,7 +32,7 @@ class AttackSettings:
     steps: Annotated[int, Field(ge=0)] = 1
     """K. 0: no gradient, the paper's VQGAN-sample baseline (table 11)."""
     random_start: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """p0: probability of starting from a random point at distance eps instead of from Q(x)."""
+    """p0: probability of starting from a random point of the ball's surface (L2) or of the ball (Linf) instead of from Q(x)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def project(delta: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
 
 
 def draw_noise(keys: Sequence[str], shape: Sequence[int], settings: AttackSettings, seed: int) -> torch.Tensor:
-    """The random start of each sample: a point at distance eps with probability p0, else zero. [len(keys), *shape]
+    """The random start of each sample: with probability p0 a point at distance eps (L2) or of the cube (Linf), else zero. [len(keys), *shape]
 
     Seeded by (run seed, key): the same sample gets the same start whatever the shard, the worker or the retry.
     """

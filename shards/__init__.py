@@ -2,12 +2,13 @@
 
 Works without a GPU and without open_clip, taming or timm. For others to use:
 
-- `ShardDataset`: one stream of a sealed run as a random-access dataset. ``ShardDataset("data/demo", "dad")[0].image``
-- `TrainingReader`: planned, resumable batches of clean and DAD samples side by side.
-- `TarWriter`, `iterate_tar`: deterministic writing, distrustful reading of WebDataset tars.
+- `ShardDataset`: one stream of a sealed run, random access to each `LabelledImage`. ``ShardDataset("data/demo", "dad")[0].image``
+- `TrainingReader`: planned, resumable batches of clean and DAD samples side by side: a `Batch` holds a `Half` of each.
+- `TarWriter`, `iterate_tar`: deterministic writing of WebDataset tars, with the `Extent` of each sample; distrustful reading, a `Sample`
+  at a time.
 - `ViewSettings`, `draw_views`, `replay`, `view_images`, `soft_label_members`: several views of an image, each with its own soft label.
 - `canvas.load_canvas`: from any image file to square pixels; the same for training and evaluation.
-- `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages.
+- `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages; `seeded_generator`: its random numbers, by what they are for.
 """
 
 from .codec import ImageFormat, decode_image, encode_image

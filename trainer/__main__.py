@@ -46,7 +46,7 @@ def train(
     overrides: tuple[str, ...],
 ) -> None:
     """Train a student, or go on with one that was interrupted. On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun."""
-    from .distributed import joined  # not at the top: --help need not wait for torch
+    from .distributed import joined  # not at the top: --help need not wait for torch.distributed and timm
 
     with joined():
         recipe, model = choose(recipe, student, shards)

@@ -55,20 +55,23 @@ def main(kills: int, seed: int | None) -> None:
 def disturb(
     world: World, folder: Path, whole: dict[str, str], kills: int, rng: random.Random, kinds: Sequence[str] = tuple(KILLS)
 ) -> Counter[str]:
-    """Kill ``kills`` times, in runs that are finished and begun anew now and then; returns how often each kind was survived."""
+    """Kill ``kills`` times, in runs that are finished and begun anew now and then; returns how often each kind was survived.
+
+    A kill that comes when the command has already ended does not count, and another takes its place.
+    """
     survived: Counter[str] = Counter()
     out = folder / "run-0"
     with progress(kills, "killing", "kill") as bar:
-        for number in range(kills):
+        while survived.total() < kills:
             name = rng.choice(kinds)
-            KILLS[name](world, out, rng)
+            died = KILLS[name](world, out, rng)
             check_survivors(out, whole)
-            if rng.random() < 0.3 or number == kills - 1:
+            if not died or rng.random() < 0.3 or survived.total() == kills - 1:
                 check_finished(world, out, whole)
                 shutil.rmtree(out)
-                out = folder / f"run-{number + 1}"
-            survived[name] += 1
-            bar.update()
+                out = folder / f"run-{int(out.name[4:]) + 1}"
+            survived[name] += died
+            bar.update(died)
     return survived
 
 

@@ -25,7 +25,7 @@ from pipeline.verify import problems
 
 from ..conftest import ROOT, World, digests
 
-Kill = Callable[[World, Path, random.Random], None]
+Kill = Callable[[World, Path, random.Random], bool]  # whether something died of it; else the command had already ended
 
 
 def check_survivors(out: Path, whole: dict[str, str]) -> None:
@@ -53,27 +53,28 @@ def quietly(function: Callable[..., Any], *arguments: Any) -> None:
         function(*arguments)
 
 
-def kill_command(world: World, out: Path, rng: random.Random) -> None:
+def kill_command(world: World, out: Path, rng: random.Random) -> bool:
     """The command, anywhere in its first second: while it looks, computes, writes or seals."""
     process = multiprocessing.get_context("fork").Process(target=quietly, args=(make_shards, world.load(), str(out)))
     process.start()
     time.sleep(rng.random() * 1.2)
     process.kill()
     process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
-def kill_at_rename(world: World, out: Path, rng: random.Random) -> None:
+def kill_at_rename(world: World, out: Path, rng: random.Random) -> bool:
     """The command, directly before or after a file gets its final name, or when its temporary one has been written."""
     name = rng.choice(["replace", "fsync", "link"])
-    _run_with_a_trap(world.load(), out, os, name, rng.randrange(1, 10), after=rng.random() < 0.5)
+    return _run_with_a_trap(world.load(), out, os, name, rng.randrange(1, 10), after=rng.random() < 0.5)
 
 
-def kill_in_parquet(world: World, out: Path, rng: random.Random) -> None:
+def kill_in_parquet(world: World, out: Path, rng: random.Random) -> bool:
     """The command, while a part file or the manifest is being encoded."""
-    _run_with_a_trap(world.load(), out, pq, "write_table", rng.randrange(1, 5), after=rng.random() < 0.5)
+    return _run_with_a_trap(world.load(), out, pq, "write_table", rng.randrange(1, 5), after=rng.random() < 0.5)
 
 
-def kill_worker(world: World, out: Path, rng: random.Random) -> None:
+def kill_worker(world: World, out: Path, rng: random.Random) -> bool:
     """One of two workers that holds a claim; half of the time the command too, a moment later: no worker may survive it."""
     command = [sys.executable, "-m", "pipeline", "generate", "--recipe", str(world.recipe), "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -83,9 +84,11 @@ def kill_worker(world: World, out: Path, rng: random.Random) -> None:
         time.sleep(rng.random() * 0.2)
         claims = [claim for shard in look(store).running if (claim := read_claim(store, shard))]
         victims = [claim.pid for claim in claims if b"spawn_main" in _command_line(claim.pid)]
+    killed = False
     for victim in victims[:1]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
+            killed = True
     if rng.random() < 0.5:
         time.sleep(rng.random())
         process.kill()
@@ -93,6 +96,7 @@ def kill_worker(world: World, out: Path, rng: random.Random) -> None:
     end = time.monotonic() + 5
     while str(out).encode() in b"".join(map(_command_line, victims)):
         assert time.monotonic() < end, f"orphans: {victims}"
+    return killed
 
 
 KILLS: dict[str, Kill] = {
@@ -103,7 +107,7 @@ KILLS: dict[str, Kill] = {
 }
 
 
-def _run_with_a_trap(recipe: Recipe, out: Path, module: Any, name: str, count: int, *, after: bool) -> None:
+def _run_with_a_trap(recipe: Recipe, out: Path, module: Any, name: str, count: int, *, after: bool) -> bool:
     """Run the command in a fork that kills itself at the ``count``-th call of ``module.name``, before or after it is done."""
 
     def run() -> None:
@@ -126,6 +130,7 @@ def _run_with_a_trap(recipe: Recipe, out: Path, module: Any, name: str, count: i
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def _command_line(pid: int) -> bytes:
