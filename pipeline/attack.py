@@ -103,7 +103,7 @@ def project(delta: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
 
 
 def draw_noise(keys: Sequence[str], shape: Sequence[int], settings: AttackSettings, seed: int) -> torch.Tensor:
-    """The random start of each sample: with probability p0 a point at distance eps (L2) or of the cube (Linf), else zero. [len(keys), *shape]
+    """Random starts [len(keys), *shape]: with probability p0 a point at distance eps (L2) or of the cube (Linf), else zero.
 
     Seeded by (run seed, key): the same sample gets the same start whatever the shard, the worker or the retry.
     """
