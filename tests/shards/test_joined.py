@@ -89,3 +89,27 @@ def test_an_unreadable_image_is_named(run: Path, own: Path) -> None:
     reader = TrainingReader(str(run), batch_size=5, streams=("clean",), images=own)
     with pytest.raises(UserError, match=rf"{path}: s\d-\d\d: unreadable image"):
         list(reader.batches(0))
+
+
+def test_a_key_that_occurs_twice(run: Path, own: Path) -> None:
+    """In the tars of two sets: no telling which image the label is for. A key that the run does not know may occur as often as it likes."""
+    pictures = draw_pictures(2)
+    write_tar(own / "other.tar", [("extra.jpg", jpeg(pictures[0]))])
+    ShardDataset(str(run), "clean", images=own)
+    write_tar(own / "val.tar", [("s0-00.jpg", jpeg(pictures[1]))])
+    with pytest.raises(UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a folder"):
+        ShardDataset(str(run), "clean", images=own)
+
+
+@pytest.mark.parametrize("change", ["rotated", "shorter"])
+def test_a_tar_that_is_rewritten_while_it_is_read(run: Path, own: Path, change: str) -> None:
+    """Where one image lay, another lies now, or none: named, never shown under the wrong label."""
+    dataset = ShardDataset(str(run), "clean", images=own)
+    path = own / "mine-0.tar"
+    with open(path, "rb") as file:
+        members = [(f"{s.key}.jpg", s.members["jpg"]) for _, s in iterate_tar(file, str(path))]
+    keys = {name.removesuffix(".jpg") for name, _ in members}
+    write_tar(path, members[1:] + members[:1] if change == "rotated" else members[:1])
+    index = max(n for n in range(len(dataset)) if dataset.key(n) in keys)
+    with pytest.raises(UserError, match=rf"^{path}: {dataset.key(index)} is no longer where it was|^{path}: not a readable tar"):
+        dataset[index]
