@@ -138,6 +138,16 @@ def test_the_bound_holds_and_the_oldest_goes(plain_run: Path, cache_folder: Path
             small.fetch(source, tars[1])
 
 
+def test_tars_that_made_room_give_their_blocks_back(plain_run: Path, cache_folder: Path) -> None:
+    """No process that has read them keeps them open: the bound is one on the disk, not on names."""
+    source, tars = Store(plain_run), tars_of(plain_run)
+    cache = TarCache(max(tar.size for tar in tars))
+    for tar in tars:
+        cache.read_range(source, tar, 0, 512)
+    held = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert len(list((cache_folder / "tars").glob("*.tar"))) == 1 and not [name for name in held if str(cache_folder) in name]
+
+
 def test_a_cache_that_is_too_small_is_refused(server: Server) -> None:
     with pytest.raises(UserError, match=r"two windows of 2 shards take .* GiB.*raise cache_gb, or lower window"):
         TrainingReader(server.url, batch_size=7, window=2, cache_gb=1e-6)
