@@ -7,6 +7,7 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `recipe_dataclass`, `load_recipe`: recipes (YAML to frozen dataclass) with refusals that name the nearest field.
 - `load_weights`, `find_file`: tensors from files, never code.
 - `claims`: who is making which shard, on any machine.
+- `cache`: the folder of what can be made or fetched again, and a lock on it.
 - `UserError`: a one-line message for the user; `command`: how command lines print it.
 - `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """

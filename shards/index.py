@@ -17,11 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests import RunDir, RunInfo, Store, UserError
+from manifests.cache import cache_folder, writing_cache
 from manifests.recipe import fingerprint
 from manifests.rows import TarRecord
 from manifests.rundir import MANIFEST
-
-from .cache import cache_folder
 
 COLUMNS = ("shard", "label", "offset", "size", "crc32")
 UNUSED = 30 * 24 * 3600  # seconds after which a file in the cache folder is removed
@@ -47,7 +46,7 @@ class StreamIndex:
 
 def open_index(run: RunDir, info: RunInfo, stream: str) -> StreamIndex:
     """The index of a sealed run's stream. Raises UserError for a run that is not sealed, or whose manifest is not the sealed one."""
-    store = Store(cache_folder() / "indexes")
+    store = Store(cache_folder("indexes"))
     name = fingerprint([info.manifest_sha256, info.fingerprint, info.samples, stream, VERSION])
     path = Path(store.root) / f"{name}.arrow"
     sealed = run.store.exists(MANIFEST) and run.store.sha256(MANIFEST) == info.manifest_sha256
@@ -85,10 +84,8 @@ def write_mapped(store: Store, name: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    try:
+    with writing_cache(Path(store.root)):
         store.write(name, memoryview(sink.getvalue()))
-    except UserError as error:
-        raise UserError(f"{error} (environment variable DAD_CACHE)") from error
     for other in Path(store.root).glob("*.arrow"):
         with suppress(FileNotFoundError):  # another process was faster
             if time.time() - other.stat().st_mtime > UNUSED:

@@ -12,9 +12,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from manifests import Store, UserError
+from manifests.cache import cache_folder
 from manifests.recipe import fingerprint
 
-from .cache import cache_folder
 from .canvas import IMAGE_EXTENSIONS, BadImage, load_canvas
 from .index import read_mapped, write_mapped
 from .tar import Sample, clean_key, index_tar, iterate_tar
@@ -32,7 +32,7 @@ class JoinedImages:
         if not self.tars:
             raise UserError(f"images: {folder}: holds no tars (*.tar); name the folder of the images that the run was made from")
         found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.tars]
-        store = Store(cache_folder() / "indexes")
+        store = Store(cache_folder("indexes"))
         path = Path(store.root) / f"{fingerprint([str(folder), found, stream])}.arrow"
         table = read_mapped(path)
         if table is None:

@@ -88,9 +88,9 @@ class TrainingReader:
                     f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch to "
                     f"{-(-len(first) * world // max(len(dataset), 1))} or more, or weaken the attack"
                 )
-        if cache is not None and (needed := sum(_two_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
+        if cache is not None and (needed := sum(_three_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
             raise UserError(
-                f"{url}: two windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
+                f"{url}: three windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
                 "raise cache_gb, or lower window"
             )
 
@@ -236,7 +236,7 @@ def _prefetch(dataset: ShardDataset, shards: list[int]) -> None:
         return  # whoever reads the sample meets the same error, and names it
 
 
-def _two_windows(dataset: ShardDataset, window: int) -> int:
-    """Bytes that two windows of the largest tars take."""
+def _three_windows(dataset: ShardDataset, window: int) -> int:
+    """Bytes that three windows of the largest tars take: what a slow worker still reads, what follows, and what a fast one asks for."""
     sizes = sorted((tar.size for tar in dataset.index.tars.values()), reverse=True)
-    return sum(sizes[: 2 * window])
+    return sum(sizes[: 3 * window])

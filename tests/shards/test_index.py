@@ -12,22 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from manifests.cache import cache_folder
 from shards import ShardDataset, TrainingReader
 from shards.benchmark import write_manifest
-from shards.cache import cache_folder
 
 
 def test_arrays_are_views_of_the_mapped_file(plain_run: Path) -> None:
     index = ShardDataset(str(plain_run), "dad").index
     for array in (index.shard, index.label, index.offset, index.size, index.crc32):
         assert not array.flags.owndata and not array.flags.writeable
-    assert (cache_folder() / "indexes" / f"{index.name}.arrow").exists()
+    assert (cache_folder("indexes") / f"{index.name}.arrow").exists()
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "removed", "nonsense"])
 def test_a_damaged_index_is_made_anew(plain_run: Path, harm: str) -> None:
     expected = ShardDataset(str(plain_run), "clean")
-    path = cache_folder() / "indexes" / f"{expected.index.name}.arrow"
+    path = cache_folder("indexes") / f"{expected.index.name}.arrow"
     data = path.read_bytes()
     path.unlink()  # what is mapped stays as it was
     if harm != "removed":

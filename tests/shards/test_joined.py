@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from manifests import UserError
+from manifests.cache import cache_folder
 from shards import ShardDataset, TrainingReader, iterate_tar
-from shards.cache import cache_folder
 from tests.conftest import draw_pictures, jpeg, write_tar
 
 MakeRun = Callable[..., Path]
@@ -62,9 +62,9 @@ def test_training_from_own_images(run: Path, own: Path, workers: int) -> None:
 def test_the_join_is_kept(run: Path, own: Path) -> None:
     """The second opening reads no tar; a tar that changed is scanned again."""
     ShardDataset(str(run), "clean", images=own)
-    kept = set((cache_folder() / "indexes").iterdir())
+    kept = set(cache_folder("indexes").iterdir())
     ShardDataset(str(run), "clean", images=own)
-    assert set((cache_folder() / "indexes").iterdir()) == kept
+    assert set(cache_folder("indexes").iterdir()) == kept
     first = next(own.glob("*.tar"))
     first.write_bytes(first.read_bytes()[:700])
     with pytest.raises(UserError, match=str(first)):
