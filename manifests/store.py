@@ -28,6 +28,7 @@ from .errors import Unwritable, UserError
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
+FORBIDDEN = (401, 403)  # what a web server answers however often it is asked
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
 T = TypeVar("T")
 HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
@@ -93,16 +94,22 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in a folder, without temporary ones; empty if there is no such folder."""
-        return sorted(self.sizes(folder))
+        return sorted(self._listing(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in a folder, by name, in one listing; without temporary files and folders."""
+        """Bytes of each file directly in a folder, by name, in one listing; without temporary files and folders.
+
+        Files whose size a listing does not tell (http) are left out.
+        """
+        return {name: int(size) for name, size in self._listing(folder).items() if size is not None}
+
+    def _listing(self, folder: str) -> dict[str, int | None]:
         try:
             found = self._ask(folder, lambda fs, path: fs.ls(path, detail=True))
         except FileNotFoundError:
             return {}
         named = ((os.path.basename(entry["name"]), entry) for entry in found if entry["type"] == "file")
-        return {name: int(entry["size"]) for name, entry in named if name and not _TEMPORARY.match(name)}
+        return {name: entry["size"] for name, entry in named if name and not _TEMPORARY.match(name)}
 
     def modified(self, name: str) -> float:
         """Time of last change by the store's clock, seconds since the epoch. Raises FileNotFoundError."""
@@ -174,17 +181,20 @@ class Store:
 
         Raises Unwritable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
         """
-        for pause in PAUSES if not self.is_local else ():
+        if self.is_local:
+            return request(self.fs, self._full(name))
+        pauses = iter(PAUSES)
+        while True:
             try:
                 return request(self.fs, self._full(name))
             except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
-                if pause is None or isinstance(error, PermissionError):
+                pause = next(pauses)
+                if pause is None or isinstance(error, PermissionError) or getattr(error, "status", None) in FORBIDDEN:
                     reason = " ".join(str(error).split())[:160] or type(error).__name__
                     raise Unwritable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
                 time.sleep(pause)
-        return request(self.fs, self._full(name))
 
     def remove_stale_temporaries(self) -> None:
         """Remove temporary files that dead processes of this host left behind."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from manifests import RunDir, Store, UserError
+from manifests import RunDir, Store, Unwritable, UserError
 from manifests.rows import TarRecord
 
 from .cache import TarCache
@@ -160,13 +160,23 @@ class ShardDataset:
 
         Raises UserError naming the first that is not.
         """
-        check_tars(
-            self.run,
-            list(self.index.tars.values())[part::parts],
-            content=content,
-            progress=progress,
-            label=f"checking {self.stream} shards",
-        )
+        tars = list(self.index.tars.values())[part::parts]
+        sizes = {} if content else self._sizes()
+        label = f"checking {self.stream} shards"
+        total = sum(tar.size for tar in tars)
+        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None if progress else True, leave=False) as bar:
+            for tar in tars:
+                if sizes.get(tar.name) != tar.size and (why := self.run.tar_damage(tar, content=content)):
+                    again = f"run `make shards` again to repair it, or `python -m pipeline verify {self.run}` for the whole list"
+                    raise UserError(f"{why}; {again}")
+                bar.update(tar.size)
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the stream's tars by one listing; empty where the store may be read but not listed."""
+        try:
+            return {f"{self.stream}/{name}": size for name, size in self.store.sizes(self.stream).items()}
+        except Unwritable:
+            return {}
 
     @property
     def store(self) -> Store:
@@ -178,13 +188,3 @@ class ShardDataset:
         if shard not in self.index.tars:
             raise UserError(f"{self.run}: its manifest names no {self.stream} tar for shard {shard}; make the run anew")
         return self.index.tars[shard]
-
-
-def check_tars(run: RunDir, tars: list[TarRecord], *, content: bool, progress: bool, label: str) -> None:
-    """Compare tars with their records: size, and sha256 if ``content``. Raises UserError naming the first that differs."""
-    total = sum(tar.size for tar in tars)
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None if progress else True, leave=False) as bar:
-        for tar in tars:
-            if why := run.tar_damage(tar, content=content):
-                raise UserError(f"{why}; run `make shards` again to repair it, or `python -m pipeline verify {run}` for the whole list")
-            bar.update(tar.size)

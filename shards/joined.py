@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from manifests import Store, UserError
-from manifests.cache import cache_folder
+from manifests import UserError
 from manifests.recipe import fingerprint
 
 from .canvas import IMAGE_EXTENSIONS, BadImage, load_canvas
-from .index import read_mapped, write_mapped
+from .index import kept_table
 from .tar import Sample, clean_key, index_tar, iterate_tar
 
 
@@ -32,13 +31,7 @@ class JoinedImages:
         if not self.tars:
             raise UserError(f"images: {folder}: holds no tars (*.tar); name the folder of the images that the run was made from")
         found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.tars]
-        store = Store(cache_folder("indexes"))
-        path = Path(store.root) / f"{fingerprint([str(folder), found, stream])}.arrow"
-        table = read_mapped(path)
-        if table is None:
-            table = _join(self.tars, keys, folder)
-            write_mapped(store, path.name, table)
-            table = read_mapped(path) or table
+        table = kept_table(fingerprint([str(folder), found, stream]), lambda: _join(self.tars, keys, folder))
         self._keys = keys
         self._tar, self._offset = (table.column(name).chunk(0).to_numpy(zero_copy_only=True) for name in ("tar", "offset"))
 

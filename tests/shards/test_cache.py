@@ -21,6 +21,7 @@ from manifests import RunDir, Store, UserError
 from manifests.rows import TarRecord
 from shards import ShardDataset, TrainingReader
 from shards.cache import PAUSES, TarCache
+from tests.chaos.faulty_store import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="fsspec's http:// needs aiohttp")
 
@@ -249,3 +250,35 @@ def test_a_cached_tar_that_the_disk_has_damaged_is_fetched_again(server: Server,
     assert again.image is not None and expected.image is not None and torch.equal(again.image, expected.image)
     assert server.fetched["clean/clean-000000.tar"] == 2
     assert tar.read_bytes() == (plain_run / "clean" / "clean-000000.tar").read_bytes()
+
+
+def test_few_requests_before_the_first_step(object_store: FaultyProxy, plain_run: Path) -> None:
+    """A run that this machine has opened before costs run.json and one listing a stream, however many tars it has."""
+    store = Store("s3://bucket")
+    for path in plain_run.rglob("*.*"):
+        store.write(f"few/{path.relative_to(plain_run)}", path.read_bytes())
+    TrainingReader("s3://bucket/few", batch_size=7, window=2)
+    before = object_store.seen["forwarded"]
+    reader = TrainingReader("s3://bucket/few", batch_size=7, window=2)
+    opened = object_store.seen["forwarded"]
+    reader.check()
+    checked = object_store.seen["forwarded"]
+    assert opened - before <= 4 and checked - opened == 2  # each stream reads run.json, whose size s3fs asks for first
+    store.write("few/dad/dad-000002.tar", b"short")
+    with pytest.raises(UserError, match=r"s3://bucket/few/dad/dad-000002\.tar: 5 bytes, the manifest says"):
+        reader.check()
+    store.remove("few/clean/clean-000004.tar")
+    with pytest.raises(UserError, match=r"s3://bucket/few/clean/clean-000004\.tar: missing"):
+        reader.check()
+
+
+def test_a_server_that_lists_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a web server that forbids listings are compared one by one; it is not asked again for what it forbids."""
+    monkeypatch.setattr(Handler, "list_directory", lambda handler, _path: handler.send_error(403))
+    reader = TrainingReader(server.url, batch_size=7, window=2)
+    server.fetched.clear()
+    reader.check()
+    assert server.fetched["clean/"] + server.fetched["clean"] <= 2  # the latter is redirected to the former
+    (server.folder / "dad" / "dad-000001.tar").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"dad-000001\.tar: 5 bytes, the manifest says"):
+        reader.check()
