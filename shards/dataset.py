@@ -57,10 +57,10 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, the folder of the user's own image tars; they are joined by key.
+    images: for runs that store labels only, a local folder of the user's own image tars; they are joined by key.
     temperature: which of the stored ones the logits are for, where the run stores the top k only. None: the first.
     cache: keeps remote tars on the local disk; without it, every sample is one ranged read.
-    Raises UserError for a run that is missing or not sealed.
+    Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class ShardDataset:
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
-        self.images = None if images is None else JoinedImages(Path(images), self.index.keys, self.index.name)
         self._store, self._process = self.run.store, os.getpid()
+        self.images = None if images is None else self._join(images)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._remake, ()  # a loader worker that is not forked maps the index itself instead of being sent a copy
@@ -145,6 +145,14 @@ class ShardDataset:
             f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
             "or make them anew with output.clean_images=true"
         )
+
+    def _join(self, images: str | Path) -> JoinedImages:
+        if len(self) and self.read(0).image is not None:
+            raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
+        if self.info.identity.get("source.keys") == "place":
+            why = "its keys are places in its source (source.keys=place), by which no image can be found"
+            raise UserError(f"images: {self.run}: {why}; make it anew with source.keys=name, or with output.clean_images=true")
+        return JoinedImages(images, self.index.keys, self.index.name)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Bring the tars of shards near: into the cache, or a local file into the page cache. Raises UserError as reading does."""

@@ -25,11 +25,12 @@ class JoinedImages:
     Raises UserError for a folder without tars, or one that lacks a key of the stream or holds it twice.
     """
 
-    def __init__(self, folder: Path, keys: pa.StringArray, stream: str) -> None:
+    def __init__(self, folder: str | Path, keys: pa.StringArray, stream: str) -> None:
         """``stream``: fingerprint of the keys."""
-        self.tars = sorted(folder.expanduser().glob("*.tar"))
+        self.tars = sorted(Path(folder).expanduser().glob("*.tar"))
         if not self.tars:
-            raise UserError(f"images: {folder}: holds no tars (*.tar); name the folder of the images that the run was made from")
+            keyed = "a local folder of WebDataset tars (*.tar) whose keys are the names of the images that the run was made from"
+            raise UserError(f"images: {folder}: holds no tars; give {keyed}")
         found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.tars]
         table = kept_table(fingerprint([str(folder), found, stream]), lambda: _join(self.tars, keys, folder))
         self._keys = keys
@@ -51,7 +52,7 @@ class JoinedImages:
             raise UserError(f"{path}: {sample.key}: {error}") from error
 
 
-def _join(tars: list[Path], keys: pa.StringArray, folder: Path) -> pa.Table:
+def _join(tars: list[Path], keys: pa.StringArray, folder: str | Path) -> pa.Table:
     """Where each key lies: columns tar (number in the sorted list) and offset (of its first header)."""
     wanted = keys.to_pylist()
     of_the_run = frozenset(wanted)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from manifests import UserError
+from manifests import RunDir, UserError
 from manifests.cache import cache_folder
+from manifests.rows import encode_table
 from shards import ShardDataset, TrainingReader, iterate_tar
 from tests.conftest import draw_pictures, jpeg, write_tar
 
@@ -71,10 +75,37 @@ def test_the_join_is_kept(run: Path, own: Path) -> None:
         ShardDataset(str(run), "clean", images=own)
 
 
-def test_images_that_are_not_there(run: Path, own: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no tars"):
-        ShardDataset(str(run), "clean", images=tmp_path / "empty")
+@pytest.mark.parametrize("place", ["s3://bucket/images", "class folders"])
+def test_images_that_are_no_tars(run: Path, tmp_path: Path, place: str) -> None:
+    """What was given is repeated as it was, and what would do is said."""
+    if "://" not in place:
+        place = str(tmp_path / place)
+        (Path(place) / "ant").mkdir(parents=True)
+        (Path(place) / "ant" / "1.jpg").write_bytes(jpeg(draw_pictures(1)[0]))
+    with pytest.raises(UserError, match=f"^images: {place}: holds no tars; give a local folder of WebDataset tars"):
+        ShardDataset(str(run), "clean", images=place)
+
+
+def test_a_run_without_names(run: Path, own: Path) -> None:
+    """Keys that are places in the source are nobody's: said before a tar is read, rather than that none of the images is here."""
+    tree = json.loads((run / "run.json").read_text())
+    tree["identity"]["source.keys"] = "place"
+    (run / "run.json").write_text(json.dumps(tree))
+    info, manifest = RunDir(run).info(), pq.read_table(run / "manifest.parquet")
+    data = encode_table(manifest, json.loads(manifest.schema.metadata[b"dad"]) | {"run": info.fingerprint})
+    (run / "manifest.parquet").write_bytes(data)
+    (run / "run.json").write_text(json.dumps(tree | {"manifest_sha256": hashlib.sha256(data).hexdigest()}))
+    with pytest.raises(UserError, match=r"source\.keys=place.*make it anew with source\.keys=name"):
+        ShardDataset(str(run), "clean", images=own)
+
+
+def test_images_that_nobody_needs(plain_run: Path, own: Path) -> None:
+    """Not taken and not looked at: a user who gives them believes that they are trained on."""
+    with pytest.raises(UserError, match=f"^images: the clean shards of {plain_run} hold images themselves; leave images out"):
+        ShardDataset(str(plain_run), "clean", images=own)
+
+
+def test_images_that_are_not_there(run: Path, own: Path) -> None:
     for path in own.glob("mine-[01].tar"):
         path.unlink()
     with pytest.raises(UserError, match=r"\d+ of \d+ images of the run are not here, the first is s\d-\d\d"):
