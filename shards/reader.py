@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -20,7 +21,7 @@ from manifests import Store, UserError
 
 from .cache import TarCache
 from .dataset import ShardDataset, StreamName
-from .plan import EpochPlan, cut, plan_epoch
+from .plan import EpochPlan, classes_in_windows, cut, plan_epoch
 from .seeds import seeded_generator
 from .views import replay, view_of_epoch
 
@@ -93,6 +94,8 @@ class TrainingReader:
                 f"{url}: three windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
                 "raise cache_gb, or lower window"
             )
+        if rank == 0 and (note := poor_in_classes(first, window)):
+            click.echo(f"note: {url}: {note}", err=True)
 
     @property
     def views(self) -> int:
@@ -219,6 +222,20 @@ class _EpochBatches(Dataset[Any]):
             logits.append(soft)
         # Pixels stay in the order they were decoded in: channels_last.
         return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
+
+
+def poor_in_classes(dataset: ShardDataset, window: int) -> str | None:
+    """What to say of batches that hold far fewer classes than shuffled samples would, as those of a source sorted by class do."""
+    found, expected = classes_in_windows(dataset.shards, dataset.labels, window=window)
+    if 2 * found >= expected:
+        return None
+    enough = 2 * window
+    while 2 * classes_in_windows(dataset.shards, dataset.labels, window=enough)[0] < expected:
+        enough *= 2
+    return (
+        f"a window of {window} shards, from which batches are drawn, holds {found:.0f} classes where {expected:.0f} were to be expected: "
+        f"the source seems sorted by class; raise window to {enough}, or make the shards from a shuffled source"
+    )
 
 
 def _empty_batch(*shape: int) -> torch.Tensor:
