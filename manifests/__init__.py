@@ -8,6 +8,7 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
   `Location` mark fields that do not decide the bytes.
 - `load_weights`, `find_file`: tensors from files, never code.
 - `claims`: who is making which shard, on any machine.
+- `cache`: the folder of what can be made or fetched again, and a lock on it.
 - `UserError`: a one-line message for the user, of which `Unwritable` and `Unreachable` are kinds; `command`: how command lines print it.
 - `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """

@@ -161,9 +161,10 @@ class RunDir:
     def tar_damage(self, tar: TarRecord, *, content: bool = True) -> str | None:
         """Why a tar is not what the record says, naming the file; None when it is."""
         where = self.store.where(tar.name)
-        if not self.store.exists(tar.name):
+        try:
+            size = self.store.size(tar.name)
+        except (FileNotFoundError, NotADirectoryError):
             return f"{where}: missing"
-        size = self.store.size(tar.name)
         if size != tar.size:
             return f"{where}: {size} bytes, the manifest says {tar.size} (truncated or replaced)"
         if content and self.store.sha256(tar.name) != tar.sha256:
@@ -207,9 +208,12 @@ class RunDir:
                 self.store.remove(name)
         return table, tars
 
-    def manifest(self, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, list[TarRecord]]:
-        """The sealed manifest: all rows (some or all columns) and the record of every tar. Raises UserError when the run is not sealed."""
-        info = self.info()
+    def manifest(self, columns: Sequence[str] = tuple(SCHEMA.names), info: RunInfo | None = None) -> tuple[pa.Table, list[TarRecord]]:
+        """The sealed manifest: all rows (some or all columns) and the record of every tar. Raises UserError when the run is not sealed.
+
+        info: its run.json, where that was read already.
+        """
+        info = info or self.info()
         if info.counts is None or not self.store.exists(MANIFEST):
             raise UserError(f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing")
         data = self.store.read(MANIFEST)

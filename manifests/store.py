@@ -29,6 +29,7 @@ from .errors import Unreachable, Unwritable, UserError
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
+FORBIDDEN = (401, 403)  # what a web server answers however often it is asked
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
 _TRAILING_SLASHES = re.compile(r"(?<=[^:/])/+$")  # of "/" and "s3://" they stay
 T = TypeVar("T")
@@ -95,16 +96,22 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in a folder, without temporary ones; empty if there is no such folder."""
-        return sorted(self.sizes(folder))
+        return sorted(self._listing(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in a folder, by name, in one listing; without temporary ones. A link to a file is one."""
-        files = self._listed(folder, "file", os.path.isfile)
-        return {name: int(entry["size"]) for name, entry in files if not _TEMPORARY.match(name)}
+        """Bytes of each file directly in a folder, by name, in one listing; without temporary ones. A link to a file is one.
+
+        Files whose size a listing does not tell (http) are left out.
+        """
+        return {name: int(size) for name, size in self._listing(folder).items() if size is not None}
 
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders directly in a folder; empty if there is no such folder."""
         return sorted(name for name, _ in self._listed(folder, "directory", os.path.isdir))
+
+    def _listing(self, folder: str) -> dict[str, int | None]:
+        files = self._listed(folder, "file", os.path.isfile)
+        return {name: entry["size"] for name, entry in files if not _TEMPORARY.match(name)}
 
     def _listed(self, folder: str, kind: str, is_kind: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, what fsspec says of it) of each entry of one kind. fsspec does not tell where a local link leads: ``is_kind`` does."""
@@ -197,17 +204,20 @@ class Store:
 
         Raises Unreachable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
         """
-        for pause in PAUSES if not self.is_local else ():
+        if self.is_local:
+            return request(self.fs, self._full(name))
+        pauses = iter(PAUSES)
+        while True:
             try:
                 return request(self.fs, self._full(name))
             except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
-                if pause is None or isinstance(error, PermissionError):
+                pause = next(pauses)
+                if pause is None or isinstance(error, PermissionError) or getattr(error, "status", None) in FORBIDDEN:
                     reason = " ".join(str(error).split())[:160] or type(error).__name__
                     raise Unreachable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
                 time.sleep(pause)
-        return request(self.fs, self._full(name))
 
     def remove_stale_temporaries(self) -> None:
         """Remove temporary files that dead processes of this host left here or in a folder directly below."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from manifests import Store, UserError
+from manifests.cache import cache_folder
 from manifests.progress import progress
 from manifests.recipe import fingerprint
 from manifests.weights import tensors_sha256
@@ -52,21 +51,16 @@ def cached_head(
         return kept
     head = zero_shot_head(model, tokenizer, classes, templates).cpu()
     try:
-        Store(cache_folder()).write(name, save({"head": head.contiguous()}))
-    except (OSError, RuntimeError, UserError) as error:
-        click.echo(f"note: the embedded class names are not kept for the next time ({error}); XDG_CACHE_HOME may name a folder", err=True)
+        Store(cache_folder("heads")).write(name, save({"head": head.contiguous()}))
+    except (OSError, UserError) as error:
+        click.echo(f"note: the embedded class names are not kept for the next time ({error}); DAD_CACHE may name a folder", err=True)
     return head
-
-
-def cache_folder() -> Path:
-    """Raises RuntimeError where nothing says what the user's home is."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "discrete-adversarial-distillation" / "heads"
 
 
 def _kept_head(name: str) -> torch.Tensor | None:
     try:
-        return load_file(cache_folder() / name)["head"]
-    except (OSError, RuntimeError, SafetensorError, KeyError):  # not there yet, out of reach, or damaged
+        return load_file(cache_folder("heads") / name)["head"]
+    except (OSError, UserError, SafetensorError, KeyError):  # not there yet, out of reach, or damaged
         return None
 
 

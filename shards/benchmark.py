@@ -135,15 +135,16 @@ def write_run(run: Path, flat: Path, images: int, shards: int) -> int:
     return size
 
 
-def write_manifest(run: Path, samples: int, shards: int) -> None:
+def write_manifest(run: Path, samples: int, shards: int, *, sorted_by_class: bool = False) -> None:
     """A sealed run's ``run.json`` and ``manifest.parquet`` without its tars."""
     directory = RunDir(run)
     number = np.arange(samples)
+    label = number * CLASSES // samples if sorted_by_class else number % CLASSES
     shard = number * shards // samples
     columns: dict[str, Any] = {
-        "key": [f"n{n % CLASSES:08d}-n{n % CLASSES:08d}_{n}" for n in range(samples)],
+        "key": [f"n{c:08d}-n{c:08d}_{n}" for n, c in enumerate(label.tolist())],
         "shard": shard,
-        "label": number % CLASSES,
+        "label": label,
         "status": ["rejected"] * samples,
         "clean_offset": (number - np.searchsorted(shard, shard)) * 22_528,
         "clean_size": np.full(samples, 22_528),

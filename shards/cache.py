@@ -1,38 +1,31 @@
-"""What the reader keeps on the local disk: indexes of manifests, and whole tars of remote runs, within a bound.
+"""Whole tars of remote runs on the local disk, within a bound.
 
-The folder is ``$DAD_CACHE``, else ``~/.cache/dad``. Files are named by what they hold, appear complete or not at all, and are shared by
-all processes of a machine.
+Files are named by what they hold, appear complete or not at all, and are shared by all processes of a machine.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 from manifests import Store, UserError
+from manifests.cache import cache_folder, lock, writing_cache
 from manifests.rows import TarRecord
 
-ATTEMPTS = 3  # at fetching a tar: connections break
+PAUSES = (0.0, 1.0, 2.0)  # seconds before each attempt at fetching a tar: connections break
 FRESH = 60  # seconds; a tar that is in use is marked as used this often
-
-
-def cache_folder() -> Path:
-    """Where caches lie on this machine."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DAD_CACHE") or Path(home) / "dad")
 
 
 class TarCache:
     """Remote tars on the local disk, at most ``limit`` bytes together; the one unused for longest goes first."""
 
-    def __init__(self, limit: int, folder: Path | None = None) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.folder = (folder or cache_folder()) / "tars"
+        self.folder = cache_folder("tars")
         self.store = Store(self.folder)
         self.store.remove_stale_temporaries()
 
@@ -41,7 +34,8 @@ class TarCache:
         while True:
             name = self.fetch(source, tar)
             try:
-                return self.store.read_range(name, offset, size)
+                with open(self.folder / name, "rb", buffering=0) as file:  # not held: a tar that has gone would still fill the disk
+                    return os.pread(file.fileno(), size, offset)
             except FileNotFoundError:  # another process made room in between
                 continue
 
@@ -49,17 +43,17 @@ class TarCache:
         """Make sure that a tar is here, whole: its size and sha256 are compared before it gets its name, which is returned.
 
         Several processes that want the same tar fetch it once. Raises UserError naming the URL when it is missing, cannot be read, is
-        not the one that the manifest describes, or does not fit.
+        not the one that the manifest describes, or does not fit; naming the cache folder when that cannot be written.
         """
         name = f"{tar.sha256}.tar"
         if self._is_here(name, tar.size):
             return name
         if tar.size > self.limit:
             raise UserError(f"{source.where(tar.name)}: {tar.size:,} bytes do not fit into a cache of {self.limit:,}; raise cache_gb")
-        with self._lock(tar.sha256[:2]):
+        with lock(self.folder, tar.sha256[:2]):
             if not self._is_here(name, tar.size):
                 data = _download(source, tar)
-                with self._lock("room"):
+                with lock(self.folder, "room"), writing_cache(self.folder):
                     self._make_room(tar.size)
                     self.store.write(name, data)
         return name
@@ -74,34 +68,34 @@ class TarCache:
         path = self.folder / name
         try:
             found = path.stat()
-            if time.time() - found.st_mtime > FRESH:
-                os.utime(path)
         except FileNotFoundError:
             return False
+        if time.time() - found.st_mtime > FRESH:
+            with suppress(OSError):  # gone meanwhile, or somebody else's: whoever reads it will see
+                os.utime(path)
         return found.st_size == size
 
     def _make_room(self, size: int) -> None:
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.folder.glob("*.tar"))
+        files = sorted(self._held())
         total = sum(held for _, held, _ in files)
         for _, held, path in files:
             if total + size <= self.limit:
                 break
-            path.unlink()  # a process that reads it keeps its open file
+            path.unlink(missing_ok=True)
             total -= held
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """One holder on this machine. The kernel lets go when the holder dies."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _held(self) -> Iterator[tuple[int, int, Path]]:
+        """(when it was last used, bytes, path) of every tar that is here; other processes, or the user, may be removing some."""
+        for path in self.folder.glob("*.tar"):
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                yield found.st_mtime_ns, found.st_size, path
 
 
 def _download(source: Store, tar: TarRecord) -> bytes:
     where, why = source.where(tar.name), ""
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)
+    for pause in PAUSES:
+        time.sleep(pause)
         try:
             data = source.read(tar.name)
         except FileNotFoundError as error:
@@ -112,4 +106,4 @@ def _download(source: Store, tar: TarRecord) -> bytes:
             why = "its sha256 is not the one in the manifest (altered or damaged)"
         else:
             return data
-    raise UserError(f"{where}: {why}; tried {ATTEMPTS} times")
+    raise UserError(f"{where}: {why}; tried {len(PAUSES)} times")

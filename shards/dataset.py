@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from manifests import RunDir, Store, UserError
+from manifests import RunDir, Store, Unwritable, UserError
 from manifests.rows import TarRecord
 
 from .cache import TarCache
@@ -57,10 +57,10 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, the folder of the user's own image tars; they are joined by key.
+    images: for runs that store labels only, a local folder of the user's own image tars; they are joined by key.
     temperature: which of the stored ones the logits are for, where the run stores the top k only. None: the first.
     cache: keeps remote tars on the local disk; without it, every sample is one ranged read.
-    Raises UserError for a run that is missing or not sealed.
+    Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class ShardDataset:
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
-        self.images = None if images is None else JoinedImages(Path(images), self.index.keys, self.index.name)
         self._store, self._process = self.run.store, os.getpid()
+        self.images = None if images is None else self._join(images)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._remake, ()  # a loader worker that is not forked maps the index itself instead of being sent a copy
@@ -146,6 +146,14 @@ class ShardDataset:
             "or make them anew with output.clean_images=true"
         )
 
+    def _join(self, images: str | Path) -> JoinedImages:
+        if len(self) and self.read(0).image is not None:
+            raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
+        if self.info.identity.get("source.keys") == "place":
+            why = "its keys are places in its source (source.keys=place), by which no image can be found"
+            raise UserError(f"images: {self.run}: {why}; make it anew with source.keys=name, or with output.clean_images=true")
+        return JoinedImages(images, self.index.keys, self.index.name)
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Bring the tars of shards near: into the cache, or a local file into the page cache. Raises UserError as reading does."""
         for shard in shards:
@@ -160,13 +168,23 @@ class ShardDataset:
 
         Raises UserError naming the first that is not.
         """
-        check_tars(
-            self.run,
-            list(self.index.tars.values())[part::parts],
-            content=content,
-            progress=progress,
-            label=f"checking {self.stream} shards",
-        )
+        tars = list(self.index.tars.values())[part::parts]
+        sizes = {} if content else self._sizes()
+        label = f"checking {self.stream} shards"
+        total = sum(tar.size for tar in tars)
+        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None if progress else True, leave=False) as bar:
+            for tar in tars:
+                if sizes.get(tar.name) != tar.size and (why := self.run.tar_damage(tar, content=content)):
+                    again = f"run `make shards` again to repair it, or `python -m pipeline verify {self.run}` for the whole list"
+                    raise UserError(f"{why}; {again}")
+                bar.update(tar.size)
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the stream's tars by one listing; empty where the store may be read but not listed."""
+        try:
+            return {f"{self.stream}/{name}": size for name, size in self.store.sizes(self.stream).items()}
+        except Unwritable:
+            return {}
 
     @property
     def store(self) -> Store:
@@ -178,13 +196,3 @@ class ShardDataset:
         if shard not in self.index.tars:
             raise UserError(f"{self.run}: its manifest names no {self.stream} tar for shard {shard}; make the run anew")
         return self.index.tars[shard]
-
-
-def check_tars(run: RunDir, tars: list[TarRecord], *, content: bool, progress: bool, label: str) -> None:
-    """Compare tars with their records: size, and sha256 if ``content``. Raises UserError naming the first that differs."""
-    total = sum(tar.size for tar in tars)
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None if progress else True, leave=False) as bar:
-        for tar in tars:
-            if why := run.tar_damage(tar, content=content):
-                raise UserError(f"{why}; run `make shards` again to repair it, or `python -m pipeline verify {run}` for the whole list")
-            bar.update(tar.size)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests import RunDir, RunInfo, Store, UserError
+from manifests.cache import cache_folder, lock, writing_cache
 from manifests.recipe import fingerprint
 from manifests.rows import TarRecord
 from manifests.rundir import MANIFEST
 
-from .cache import cache_folder
-
 COLUMNS = ("shard", "label", "offset", "size", "crc32")
 UNUSED = 30 * 24 * 3600  # seconds after which a file in the cache folder is removed
-VERSION = 1  # of the files in the cache folder
+VERSION = 2  # of the files in the cache folder
+CRC = 4  # bytes at the end of each
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,45 @@ class StreamIndex:
 
 
 def open_index(run: RunDir, info: RunInfo, stream: str) -> StreamIndex:
-    """The index of a sealed run's stream. Raises UserError for a run that is not sealed, or whose manifest is not the sealed one."""
-    store = Store(cache_folder() / "indexes")
+    """The index of a sealed run's stream. Where this machine has it already, nothing is read of the run beside the ``info`` given.
+
+    Raises UserError for a run that is not sealed, or whose manifest is not the sealed one.
+    """
     name = fingerprint([info.manifest_sha256, info.fingerprint, info.samples, stream, VERSION])
-    path = Path(store.root) / f"{name}.arrow"
-    sealed = run.store.exists(MANIFEST) and run.store.sha256(MANIFEST) == info.manifest_sha256
-    table = read_mapped(path) if sealed else None
-    if table is None:
-        write_mapped(store, path.name, _index_table(run, stream))
-        table = read_mapped(path)
-        if table is None:
-            raise UserError(f"{path}: cannot be read back; set DAD_CACHE to a folder on another disk")
+    table = kept_table(name, lambda: _index_table(run, info, stream))
     arrays = {column: table.column(column).chunk(0).to_numpy(zero_copy_only=True) for column in COLUMNS}
     tars = [TarRecord(**tar) for tar in json.loads(table.schema.metadata[b"tars"])]
     by_shard = {int(tar.name.rsplit("-", 1)[1].removesuffix(".tar")): tar for tar in tars}
     return StreamIndex(keys=table.column("key").chunk(0), **arrays, tars=by_shard, name=name)
 
 
+def kept_table(name: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """The table of this name in the cache folder, mapped into memory; made first where it is not there or not whole.
+
+    Of several processes one makes it, and none replaces a file that is whole: others have it mapped. Raises UserError when the cache
+    folder is not writable.
+    """
+    folder = cache_folder("indexes")
+    path = folder / f"{name}.arrow"
+    if (table := read_mapped(path)) is not None:
+        return table
+    with lock(folder, name):
+        if (table := read_mapped(path)) is None:  # else another process was faster
+            write_mapped(path, make())
+            table = read_mapped(path)
+    if table is None:
+        raise UserError(f"{path}: cannot be read back; set DAD_CACHE to a folder on another disk")
+    return table
+
+
 def read_mapped(path: Path) -> pa.Table | None:
-    """An Arrow file of one batch, mapped into memory; None when it is not there or not whole."""
+    """A table that `write_mapped` wrote, mapped into memory; None when it is not there, or a byte of it has changed."""
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        data = pa.memory_map(str(path)).read_buffer()
+        body = data.slice(0, max(data.size - CRC, 0))
+        if zlib.crc32(body).to_bytes(CRC, "little") != data.slice(body.size).to_pybytes():
+            return None
+        table = pa.ipc.open_file(pa.BufferReader(body)).read_all()
         with suppress(OSError):  # where the folder is read-only, nothing is removed either
             os.utime(path)
         return table
@@ -74,10 +94,10 @@ def read_mapped(path: Path) -> pa.Table | None:
         return None
 
 
-def write_mapped(store: Store, name: str, table: pa.Table) -> None:
-    """Write a table as an Arrow file of exactly one batch, and remove files that were not read for long.
+def write_mapped(path: Path, table: pa.Table) -> None:
+    """Write a table as an Arrow file of exactly one batch and its CRC32, and remove files that were not read for long.
 
-    Raises UserError when the cache folder is not writable.
+    Raises UserError when the folder is not writable.
     """
     batch = pa.RecordBatch.from_arrays(
         [column.combine_chunks() if column.num_chunks else pa.array([], column.type) for column in table.columns], schema=table.schema
@@ -85,19 +105,18 @@ def write_mapped(store: Store, name: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    try:
-        store.write(name, memoryview(sink.getvalue()))
-    except UserError as error:
-        raise UserError(f"{error} (environment variable DAD_CACHE)") from error
-    for other in Path(store.root).glob("*.arrow"):
+    body = sink.getvalue()
+    with writing_cache(path.parent):
+        Store(path.parent).write(path.name, b"".join([body, zlib.crc32(body).to_bytes(CRC, "little")]))
+    for other in path.parent.glob("*.arrow"):
         with suppress(FileNotFoundError):  # another process was faster
             if time.time() - other.stat().st_mtime > UNUSED:
                 other.unlink()  # a process that has it mapped keeps it
 
 
-def _index_table(run: RunDir, stream: str) -> pa.Table:
+def _index_table(run: RunDir, info: RunInfo, stream: str) -> pa.Table:
     columns = {"key": "key", "shard": "shard", "label": "label"} | {name: f"{stream}_{name}" for name in ("offset", "size", "crc32")}
-    table, tars = run.manifest(list(columns.values()))
+    table, tars = run.manifest(list(columns.values()), info)
     table = table.rename_columns(list(columns))
     if table.column("offset").null_count:
         table = table.filter(pc.is_valid(table.column("offset")))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WINDOWS_LOOKED_AT = 8  # for their classes: some ten thousand samples
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -44,6 +46,24 @@ def plan_epoch(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream
         order[begin : marks[-1]] = rng.permutation(samples)
         begin = marks[-1]
     return EpochPlan(order, tuple(np.asarray(shards)[starts[together]] for together in windows), np.array(marks, np.int64))
+
+
+def classes_in_windows(shards: np.ndarray, labels: np.ndarray, *, window: int) -> tuple[float, float]:
+    """(classes in a window of shards, classes in as many samples drawn from all at random): medians of some windows.
+
+    The first is far below the second where the samples lie sorted by class; by how much tells how poor in classes the batches are.
+
+    shards, labels: [N] of each sample; shards non-decreasing.
+    """
+    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    ends = np.append(starts[1:], len(shards))
+    visit = np.random.Generator(np.random.PCG64(0)).permutation(len(starts))
+    windows = [visit[first : first + window] for first in range(0, len(visit), window)][:WINDOWS_LOOKED_AT]
+    _, counts = np.unique(labels, return_counts=True)
+    rarely = np.log1p(-counts / counts.sum() * (1 - 1e-9))  # log of how likely one sample is of another class; finite for a single class
+    found = [len(np.unique(np.concatenate([labels[starts[s] : ends[s]] for s in together]))) for together in windows]
+    sizes = [int((ends - starts)[together].sum()) for together in windows]
+    return float(np.median(found)), float(np.median([-np.expm1(size * rarely).sum() for size in sizes]))
 
 
 def cut(begin: int, end: int, part: int, parts: int) -> tuple[int, int]:

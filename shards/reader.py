@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -20,7 +21,7 @@ from manifests import RunInfo, Store, UserError
 
 from .cache import TarCache
 from .dataset import ShardDataset, StreamName
-from .plan import EpochPlan, cut, plan_epoch
+from .plan import EpochPlan, classes_in_windows, cut, plan_epoch
 from .seeds import seeded_generator
 from .views import replay, view_of_epoch
 
@@ -88,11 +89,13 @@ class TrainingReader:
                     f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch to "
                     f"{-(-len(first) * world // max(len(dataset), 1))} or more, or weaken the attack"
                 )
-        if cache is not None and (needed := sum(_two_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
+        if cache is not None and (needed := sum(_three_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
             raise UserError(
-                f"{url}: two windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
+                f"{url}: three windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
                 "raise cache_gb, or lower window"
             )
+        if rank == 0 and (note := poor_in_classes(first, window)):
+            click.echo(f"note: {url}: {note}", err=True)
 
     @property
     def info(self) -> RunInfo:
@@ -226,6 +229,20 @@ class _EpochBatches(Dataset[Any]):
         return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
 
 
+def poor_in_classes(dataset: ShardDataset, window: int) -> str | None:
+    """What to say of batches that hold far fewer classes than shuffled samples would, as those of a source sorted by class do."""
+    found, expected = classes_in_windows(dataset.shards, dataset.labels, window=window)
+    if 2 * found >= expected:
+        return None
+    enough = 2 * window
+    while 2 * classes_in_windows(dataset.shards, dataset.labels, window=enough)[0] < expected:
+        enough *= 2
+    return (
+        f"a window of {window} shards, from which batches are drawn, holds {found:.0f} classes where {expected:.0f} were to be expected: "
+        f"the source seems sorted by class; raise window to {enough}, or make the shards from a shuffled source"
+    )
+
+
 def _empty_batch(*shape: int) -> torch.Tensor:
     """uint8, in a loader worker in shared memory: what is sent to the trainer is then not copied again."""
     if get_worker_info() is None:
@@ -241,7 +258,7 @@ def _prefetch(dataset: ShardDataset, shards: list[int]) -> None:
         return  # whoever reads the sample meets the same error, and names it
 
 
-def _two_windows(dataset: ShardDataset, window: int) -> int:
-    """Bytes that two windows of the largest tars take."""
+def _three_windows(dataset: ShardDataset, window: int) -> int:
+    """Bytes that three windows of the largest tars take: what a slow worker still reads, what follows, and what a fast one asks for."""
     sizes = sorted((tar.size for tar in dataset.index.tars.values()), reverse=True)
-    return sum(sizes[: 2 * window])
+    return sum(sizes[: 3 * window])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from manifests.cache import cache_folder
 from pipeline import zero_shot
 from pipeline.classes import ClassList, load_classes
 from pipeline.recipe import Teacher as TeacherSettings
@@ -21,7 +22,7 @@ from pipeline.teacher import load_teacher
 @pytest.fixture
 def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An empty cache folder in which every head is kept; a list that grows with every head that is computed."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(zero_shot, "WORTH_KEEPING", 1)
     calls: list[int] = []
     compute = zero_shot.zero_shot_head
@@ -51,7 +52,7 @@ def test_computed_once(clip: Path, computed: list[int], tmp_path: Path) -> None:
     first = head(clip)
     moved = clip.rename(tmp_path / "moved")
     assert torch.equal(head(moved), first) and computed == [10]
-    (kept,) = zero_shot.cache_folder().iterdir()
+    (kept,) = cache_folder("heads").iterdir()
     assert kept.is_relative_to(tmp_path / "cache") and torch.equal(load_file(kept)["head"], first)
     kept.unlink()
     assert torch.equal(head(moved), first) and computed == [10, 10]
@@ -91,13 +92,13 @@ def test_small_heads_are_not_kept(clip: Path, computed: list[int], monkeypatch: 
     """A few prompts cost less than looking: nothing is written into the user's cache folder."""
     monkeypatch.setattr(zero_shot, "WORTH_KEEPING", 5000)
     head(clip), head(clip)
-    assert computed == [10, 10] and not zero_shot.cache_folder().exists()
+    assert computed == [10, 10] and not cache_folder("heads").exists()
 
 
 def test_a_damaged_copy(clip: Path, computed: list[int]) -> None:
     """A kept head that cannot be read is computed anew, not a stack trace."""
     first = head(clip)
-    (kept,) = zero_shot.cache_folder().iterdir()
+    (kept,) = cache_folder("heads").iterdir()
     kept.write_bytes(kept.read_bytes()[:50])
     assert torch.equal(head(clip), first) and computed == [10, 10]
 
@@ -108,7 +109,7 @@ def test_a_cache_folder_that_cannot_be_used(
     """The head is used all the same, and a note says that it is not kept."""
     first = head(clip)
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "file"))
     assert torch.equal(head(clip), first) and computed == [10, 10]
     assert f"not kept for the next time ({tmp_path}/file/" in capsys.readouterr().err
 
@@ -120,7 +121,7 @@ def test_a_user_without_a_home(clip: Path, computed: list[int], monkeypatch: pyt
 
     classes, model = load_classes(clip / "prompts.yaml"), open_clip.create_model(f"local-dir:{clip}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{clip}")
-    for name in ("HOME", "XDG_CACHE_HOME"):
+    for name in ("HOME", "XDG_CACHE_HOME", "DAD_CACHE"):
         monkeypatch.delenv(name, raising=False)
     child = os.fork()
     if not child:

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 from manifests import RunDir, Store, UserError
 from manifests.rows import TarRecord
 from shards import ShardDataset, TrainingReader
-from shards.cache import ATTEMPTS, TarCache
+from shards.cache import PAUSES, TarCache
+from tests.chaos.faulty_store import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="fsspec's http:// needs aiohttp")
 
@@ -71,6 +73,7 @@ def server(plain_run: Path, tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("shards.cache.PAUSES", (0.0, 0.01, 0.02))
     return tmp_path / "cache"
 
 
@@ -138,12 +141,62 @@ def test_the_bound_holds_and_the_oldest_goes(plain_run: Path, cache_folder: Path
             small.fetch(source, tars[1])
 
 
+def test_tars_that_made_room_give_their_blocks_back(plain_run: Path, cache_folder: Path) -> None:
+    """No process that has read them keeps them open: the bound is one on the disk, not on names."""
+    source, tars = Store(plain_run), tars_of(plain_run)
+    cache = TarCache(max(tar.size for tar in tars))
+    for tar in tars:
+        cache.read_range(source, tar, 0, 512)
+    held = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert len(list((cache_folder / "tars").glob("*.tar"))) == 1 and not [name for name in held if str(cache_folder) in name]
+
+
 def test_a_cache_that_is_too_small_is_refused(server: Server) -> None:
-    with pytest.raises(UserError, match=r"two windows of 2 shards take .* GiB.*raise cache_gb, or lower window"):
+    with pytest.raises(UserError, match=r"three windows of 2 shards take .* GiB.*raise cache_gb, or lower window"):
         TrainingReader(server.url, batch_size=7, window=2, cache_gb=1e-6)
+    two_windows = sum(sum(tar.size for tar in tars_of(server.folder) if tar.name.startswith(stream)) for stream in ("clean", "dad"))
+    with pytest.raises(UserError, match=r"three windows of 2 shards"):
+        TrainingReader(server.url, batch_size=7, window=2, cache_gb=0.9 * two_windows / 2**30)
     tar = tars_of(server.folder)[0]
     with pytest.raises(UserError, match="do not fit into a cache of 100; raise cache_gb"):
         TarCache(100).fetch(Store(server.url), tar)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_smallest_cache_fetches_every_tar_once(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Workers that are a window apart, two streams whose windows end at different steps: nobody's tars are thrown out under them."""
+    server = Server(make_run(tmp_path / "many", sizes=(12,) * 20))
+    sizes = sorted((tar.size for tar in tars_of(server.folder)), reverse=True)
+    reader = TrainingReader(server.url, batch_size=4, window=2, cache_gb=sum(sizes[:12]) / 2**30)
+    for _ in reader.batches(0, workers=4):
+        time.sleep(0.01)
+    server.shutdown()
+    server.server_close()
+    tars = {name: count for name, count in server.fetched.items() if name.endswith(".tar")}
+    assert set(tars.values()) == {1} and len(tars) == 40
+
+
+def test_tars_that_vanish_while_room_is_made(plain_run: Path, cache_folder: Path) -> None:
+    """A name that was listed and whose file has gone, as when somebody cleans the folder: there is nothing to count or to remove."""
+    source, tars = Store(plain_run), tars_of(plain_run)
+    cache = TarCache(max(tar.size for tar in tars))
+    cache.fetch(source, tars[0])
+    (cache_folder / "tars" / "gone.tar").symlink_to(cache_folder / "nowhere")
+    assert cache.read_range(source, tars[1], 0, 512) == Store(plain_run).read_range(tars[1].name, 0, 512)
+
+
+def test_a_full_disk_says_what_to_lower(plain_run: Path, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tars and of the index: one line with the folder, cache_gb and DAD_CACHE."""
+    disk = small_disk("size=32k")
+    monkeypatch.setenv("DAD_CACHE", str(disk))
+    cache = TarCache(1 << 30)
+    wanted = rf"^{disk}/\w+: cannot keep a cache here \(No space left on device\); .*cache_gb, or set the environment variable DAD_CACHE"
+    with pytest.raises(UserError, match=wanted):
+        for tar in tars_of(plain_run):
+            cache.fetch(Store(plain_run), tar)
+    (disk / "rest").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+    with pytest.raises(UserError, match=wanted):
+        ShardDataset(str(plain_run), "clean")
 
 
 def test_a_connection_that_breaks_once(server: Server) -> None:
@@ -170,7 +223,7 @@ def test_remote_damage_is_named(server: Server, cache_folder: Path, harm: str, w
     elif harm == "remove":
         path.unlink()
     else:
-        server.cuts[name] = 10 * ATTEMPTS
+        server.cuts[name] = 10 * len(PAUSES)
     digest = next(tar.sha256 for tar in tars_of(server.folder) if tar.name == name)
     with pytest.raises(UserError, match=f"^{server.url}/{name}: ") as caught:
         list(TrainingReader(server.url, batch_size=7, window=2).batches(0, workers=workers))
@@ -197,3 +250,35 @@ def test_a_cached_tar_that_the_disk_has_damaged_is_fetched_again(server: Server,
     assert again.image is not None and expected.image is not None and torch.equal(again.image, expected.image)
     assert server.fetched["clean/clean-000000.tar"] == 2
     assert tar.read_bytes() == (plain_run / "clean" / "clean-000000.tar").read_bytes()
+
+
+def test_few_requests_before_the_first_step(object_store: FaultyProxy, plain_run: Path) -> None:
+    """A run that this machine has opened before costs run.json and one listing a stream, however many tars it has."""
+    store = Store("s3://bucket")
+    for path in plain_run.rglob("*.*"):
+        store.write(f"few/{path.relative_to(plain_run)}", path.read_bytes())
+    TrainingReader("s3://bucket/few", batch_size=7, window=2)
+    before = object_store.seen["forwarded"]
+    reader = TrainingReader("s3://bucket/few", batch_size=7, window=2)
+    opened = object_store.seen["forwarded"]
+    reader.check()
+    checked = object_store.seen["forwarded"]
+    assert opened - before <= 4 and checked - opened == 2  # each stream reads run.json, whose size s3fs asks for first
+    store.write("few/dad/dad-000002.tar", b"short")
+    with pytest.raises(UserError, match=r"s3://bucket/few/dad/dad-000002\.tar: 5 bytes, the manifest says"):
+        reader.check()
+    store.remove("few/clean/clean-000004.tar")
+    with pytest.raises(UserError, match=r"s3://bucket/few/clean/clean-000004\.tar: missing"):
+        reader.check()
+
+
+def test_a_server_that_lists_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a web server that forbids listings are compared one by one; it is not asked again for what it forbids."""
+    monkeypatch.setattr(Handler, "list_directory", lambda handler, _path: handler.send_error(403))
+    reader = TrainingReader(server.url, batch_size=7, window=2)
+    server.fetched.clear()
+    reader.check()
+    assert server.fetched["clean/"] + server.fetched["clean"] <= 2  # the latter is redirected to the former
+    (server.folder / "dad" / "dad-000001.tar").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"dad-000001\.tar: 5 bytes, the manifest says"):
+        reader.check()

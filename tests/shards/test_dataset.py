@@ -136,7 +136,13 @@ def test_a_repaired_tar_is_read_in_the_same_process(copy: Path) -> None:
     assert dataset[0].key == dataset.key(0)
 
 
-def test_runs_that_are_not_there_or_not_sealed(copy: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No index of any run is kept here yet."""
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
+
+
+def test_runs_that_are_not_there_or_not_sealed(copy: Path, tmp_path: Path, new_cache: None) -> None:
     with pytest.raises(UserError, match="no run directory here"):
         ShardDataset(str(tmp_path / "nothing"))
     (copy / "manifest.parquet").unlink()
@@ -144,7 +150,7 @@ def test_runs_that_are_not_there_or_not_sealed(copy: Path, tmp_path: Path) -> No
         ShardDataset(str(copy))
 
 
-def test_an_edited_manifest(copy: Path) -> None:
+def test_an_edited_manifest(copy: Path, new_cache: None) -> None:
     """manifest.parquet is only believed with the sha256 that run.json has of it."""
     flip(copy / "manifest.parquet", 100)
     with pytest.raises(UserError, match=r"manifest\.parquet: is not the one that was sealed"):

@@ -7,33 +7,62 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from manifests.cache import cache_folder
 from shards import ShardDataset, TrainingReader
 from shards.benchmark import write_manifest
-from shards.cache import cache_folder
 
 
 def test_arrays_are_views_of_the_mapped_file(plain_run: Path) -> None:
     index = ShardDataset(str(plain_run), "dad").index
     for array in (index.shard, index.label, index.offset, index.size, index.crc32):
         assert not array.flags.owndata and not array.flags.writeable
-    assert (cache_folder() / "indexes" / f"{index.name}.arrow").exists()
+    assert (cache_folder("indexes") / f"{index.name}.arrow").exists()
 
 
-@pytest.mark.parametrize("harm", ["cut", "emptied", "removed", "nonsense"])
+@pytest.mark.parametrize("harm", ["cut", "emptied", "removed", "nonsense", "flipped"])
 def test_a_damaged_index_is_made_anew(plain_run: Path, harm: str) -> None:
+    """Also where a single bit of an offset is another: a sound tar is never blamed for what the cache folder's disk did."""
     expected = ShardDataset(str(plain_run), "clean")
-    path = cache_folder() / "indexes" / f"{expected.index.name}.arrow"
+    path = cache_folder("indexes") / f"{expected.index.name}.arrow"
     data = path.read_bytes()
     path.unlink()  # what is mapped stays as it was
+    flipped = bytearray(data)
+    flipped[data.index(expected.index.offset.tobytes()) + 8 * 5 + 1] ^= 2
     if harm != "removed":
-        path.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "nonsense": b"ARROW1\0\0" + bytes(1000)}[harm])
+        harmed = {"cut": data[: len(data) // 2], "emptied": b"", "nonsense": b"ARROW1\0\0" + bytes(1000), "flipped": flipped}
+        path.write_bytes(harmed[harm])
     found = ShardDataset(str(plain_run), "clean")
     assert np.array_equal(found.index.offset, expected.index.offset) and path.read_bytes() == data
+
+
+KEEPER = """
+import sys, time
+from pathlib import Path
+import pyarrow as pa
+from shards.index import kept_table
+
+def make():
+    with open(sys.argv[1], "a") as file:
+        file.write("made\\n")
+    time.sleep(0.5)
+    return pa.table({"n": [1, 2, 3]})
+
+print(kept_table("shared", make).column("n").to_pylist(), Path(sys.argv[2]).stat().st_ino)
+"""
+
+
+def test_processes_that_find_no_index_make_it_once(tmp_path: Path, python: Callable[..., object]) -> None:
+    """Nobody puts another file in the place of one that is whole: on a shared disk, that would pull it from under those who read it."""
+    arguments = (KEEPER, tmp_path / "made", tmp_path / "indexes" / "shared.arrow")
+    with ThreadPoolExecutor(3) as pool:
+        told = list(pool.map(lambda _: python(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
+    assert len(set(told)) == 1 and told[0].startswith("[1, 2, 3]") and (tmp_path / "made").read_text() == "made\n"
 
 
 def test_indexes_that_nobody_reads_are_removed(plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +74,7 @@ def test_indexes_that_nobody_reads_are_removed(plain_run: Path, tmp_path: Path, 
     ShardDataset(str(plain_run), "dad")
     write_manifest(tmp_path / "other", 2000, 2)
     new = ShardDataset(str(tmp_path / "other"), "clean").index
-    assert {path.stem for path in (tmp_path / "indexes").iterdir()} == {used.name, new.name}
+    assert {path.stem for path in (tmp_path / "indexes").glob("*.arrow")} == {used.name, new.name}
     assert old.offset[0] == 0
 
 

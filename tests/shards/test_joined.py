@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from manifests import UserError
+from manifests import RunDir, UserError
+from manifests.cache import cache_folder
+from manifests.rows import encode_table
 from shards import ShardDataset, TrainingReader, iterate_tar
-from shards.cache import cache_folder
 from tests.conftest import draw_pictures, jpeg, write_tar
 
 MakeRun = Callable[..., Path]
@@ -62,19 +66,46 @@ def test_training_from_own_images(run: Path, own: Path, workers: int) -> None:
 def test_the_join_is_kept(run: Path, own: Path) -> None:
     """The second opening reads no tar; a tar that changed is scanned again."""
     ShardDataset(str(run), "clean", images=own)
-    kept = set((cache_folder() / "indexes").iterdir())
+    kept = set(cache_folder("indexes").iterdir())
     ShardDataset(str(run), "clean", images=own)
-    assert set((cache_folder() / "indexes").iterdir()) == kept
+    assert set(cache_folder("indexes").iterdir()) == kept
     first = next(own.glob("*.tar"))
     first.write_bytes(first.read_bytes()[:700])
     with pytest.raises(UserError, match=str(first)):
         ShardDataset(str(run), "clean", images=own)
 
 
-def test_images_that_are_not_there(run: Path, own: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no tars"):
-        ShardDataset(str(run), "clean", images=tmp_path / "empty")
+@pytest.mark.parametrize("place", ["s3://bucket/images", "class folders"])
+def test_images_that_are_no_tars(run: Path, tmp_path: Path, place: str) -> None:
+    """What was given is repeated as it was, and what would do is said."""
+    if "://" not in place:
+        place = str(tmp_path / place)
+        (Path(place) / "ant").mkdir(parents=True)
+        (Path(place) / "ant" / "1.jpg").write_bytes(jpeg(draw_pictures(1)[0]))
+    with pytest.raises(UserError, match=f"^images: {place}: holds no tars; give a local folder of WebDataset tars"):
+        ShardDataset(str(run), "clean", images=place)
+
+
+def test_a_run_without_names(run: Path, own: Path) -> None:
+    """Keys that are places in the source are nobody's: said before a tar is read, rather than that none of the images is here."""
+    tree = json.loads((run / "run.json").read_text())
+    tree["identity"]["source.keys"] = "place"
+    (run / "run.json").write_text(json.dumps(tree))
+    info, manifest = RunDir(run).info(), pq.read_table(run / "manifest.parquet")
+    data = encode_table(manifest, json.loads(manifest.schema.metadata[b"dad"]) | {"run": info.fingerprint})
+    (run / "manifest.parquet").write_bytes(data)
+    (run / "run.json").write_text(json.dumps(tree | {"manifest_sha256": hashlib.sha256(data).hexdigest()}))
+    with pytest.raises(UserError, match=r"source\.keys=place.*make it anew with source\.keys=name"):
+        ShardDataset(str(run), "clean", images=own)
+
+
+def test_images_that_nobody_needs(plain_run: Path, own: Path) -> None:
+    """Not taken and not looked at: a user who gives them believes that they are trained on."""
+    with pytest.raises(UserError, match=f"^images: the clean shards of {plain_run} hold images themselves; leave images out"):
+        ShardDataset(str(plain_run), "clean", images=own)
+
+
+def test_images_that_are_not_there(run: Path, own: Path) -> None:
     for path in own.glob("mine-[01].tar"):
         path.unlink()
     with pytest.raises(UserError, match=r"\d+ of \d+ images of the run are not here, the first is s\d-\d\d"):
@@ -89,3 +120,27 @@ def test_an_unreadable_image_is_named(run: Path, own: Path) -> None:
     reader = TrainingReader(str(run), batch_size=5, streams=("clean",), images=own)
     with pytest.raises(UserError, match=rf"{path}: s\d-\d\d: unreadable image"):
         list(reader.batches(0))
+
+
+def test_a_key_that_occurs_twice(run: Path, own: Path) -> None:
+    """In the tars of two sets: no telling which image the label is for. A key that the run does not know may occur as often as it likes."""
+    pictures = draw_pictures(2)
+    write_tar(own / "other.tar", [("extra.jpg", jpeg(pictures[0]))])
+    ShardDataset(str(run), "clean", images=own)
+    write_tar(own / "val.tar", [("s0-00.jpg", jpeg(pictures[1]))])
+    with pytest.raises(UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a folder"):
+        ShardDataset(str(run), "clean", images=own)
+
+
+@pytest.mark.parametrize("change", ["rotated", "shorter"])
+def test_a_tar_that_is_rewritten_while_it_is_read(run: Path, own: Path, change: str) -> None:
+    """Where one image lay, another lies now, or none: named, never shown under the wrong label."""
+    dataset = ShardDataset(str(run), "clean", images=own)
+    path = own / "mine-0.tar"
+    with open(path, "rb") as file:
+        members = [(f"{s.key}.jpg", s.members["jpg"]) for _, s in iterate_tar(file, str(path))]
+    keys = {name.removesuffix(".jpg") for name, _ in members}
+    write_tar(path, members[1:] + members[:1] if change == "rotated" else members[:1])
+    index = max(n for n in range(len(dataset)) if dataset.key(n) in keys)
+    with pytest.raises(UserError, match=rf"^{path}: {dataset.key(index)} is no longer where it was|^{path}: not a readable tar"):
+        dataset[index]

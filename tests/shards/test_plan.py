@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shards import seeded_generator
-from shards.plan import cut, plan_epoch
+from shards.plan import classes_in_windows, cut, plan_epoch
 
 SIZES = (9, 12, 0, 7, 11, 1, 14, 5)  # samples of each shard; one has none
 SHARDS = np.repeat(np.arange(len(SIZES)), SIZES)
@@ -108,3 +108,18 @@ def test_seeded_generator() -> None:
     assert seeded_generator("attack", 3, "key").initial_seed() == expected
     seeds = {seeded_generator("attack", seed, f"k{n}").initial_seed() for seed in range(10) for n in range(100)}
     assert len(seeds) == 1000
+
+
+@pytest.mark.parametrize(("classes", "shards", "size"), [(1000, 200, 100), (100, 60, 30), (10, 50, 2), (5, 5, 10), (2, 40, 4), (3, 4, 1)])
+def test_classes_in_windows(classes: int, shards: int, size: int) -> None:
+    """As many in shuffled samples as is to be expected, however small the set; in sorted ones as many as the planned windows have."""
+    of = np.repeat(np.arange(shards), size)
+    labels = np.random.default_rng(0).integers(0, classes, len(of))
+    for window in (1, 4, 16):
+        found, expected = classes_in_windows(of, labels, window=window)
+        assert 0.6 * expected < found < 1.5 * expected
+    ordered = np.sort(labels)
+    found, _ = classes_in_windows(of, ordered, window=4)
+    plan = plan_epoch(of, seed=0, epoch=0, window=4, stream="clean")
+    planned = [len(np.unique(ordered[part])) for part in np.split(plan.order, plan.ends[:-1])]
+    assert min(planned) <= found <= max(planned)

@@ -12,7 +12,7 @@ import torch
 
 from manifests import UserError
 from shards import Batch, ImageFormat, ShardDataset, TrainingReader, encode_image
-from shards.benchmark import BareTars, write_run
+from shards.benchmark import BareTars, write_manifest, write_run
 
 
 def reader(run: Path, batch_size: int = 7, **options) -> TrainingReader:  # type: ignore[no-untyped-def]
@@ -283,3 +283,18 @@ def test_the_bare_loop_of_the_benchmark_reads_every_image(tmp_path: Path) -> Non
     write_run(tmp_path / "run", tmp_path / "flat", 70, 2)
     batches = list(BareTars(sorted((tmp_path / "run" / "clean").glob("*.tar"))))
     assert [len(labels) for _, labels in batches] == [64, 6]
+
+
+@pytest.mark.parametrize("sorted_by_class", [False, True])
+def test_a_source_sorted_by_class_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str], sorted_by_class: bool) -> None:
+    """Once, by the first rank, with a window that mends it; shuffled sources, and windows over everything, are not remarked upon."""
+    write_manifest(tmp_path / "run", 20_000, 200, sorted_by_class=sorted_by_class)
+    for rank in range(2):
+        reader(tmp_path / "run", 256, streams=("clean",), window=16, rank=rank, world=2)
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == sorted_by_class
+    if sorted_by_class:
+        assert "a window of 16 shards, from which batches are drawn, holds 80 classes where 798 were" in notes[0]
+        window = int(notes[0].partition("raise window to ")[2].partition(",")[0])
+        reader(tmp_path / "run", 256, streams=("clean",), window=window)
+    assert capsys.readouterr().err == ""
