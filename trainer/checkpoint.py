@@ -55,6 +55,8 @@ class StudentDir:
     """Reads and writes one student's directory, atomically."""
 
     def __init__(self, path: str | Path) -> None:
+        if "://" in str(path):  # safetensors and TensorBoard know files alone
+            raise UserError(f"{path}: a student's directory is a local folder, not a URL; name a folder")
         self.store = Store(path)
         self.path = Path(path)
 

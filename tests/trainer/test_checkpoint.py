@@ -35,3 +35,8 @@ def test_no_flipped_bit_of_a_checkpoint_is_loaded(tmp_path: Path) -> None:
 def test_a_checkpoint_stays_readable_by_torch_alone(tmp_path: Path) -> None:
     StudentDir(tmp_path).save_last({"student": {"weight": torch.ones(3)}})
     assert torch.equal(torch.load(tmp_path / LAST, weights_only=True)["student"]["weight"], torch.ones(3))
+
+
+def test_a_directory_behind_a_url_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^memory://x/y: a student's directory is a local folder, not a URL"):
+        StudentDir("memory://x/y")
