@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class StudentDir:
     """Reads and writes one student's directory, atomically."""
 
     def __init__(self, path: str | Path) -> None:
+        if "://" in str(path):  # safetensors and TensorBoard know files alone
+            raise UserError(f"{path}: a student's directory is a local folder, not a URL; name a folder")
         self.store = Store(path)
         self.path = Path(path)
 
@@ -100,14 +102,16 @@ class StudentDir:
         """The last checkpoint, or None when there is none yet. Raises UserError when it is damaged."""
         if not self.store.exists(LAST):
             return None
-        try:
-            with self.store.open(LAST) as file:
+        with self.store.open(LAST) as file:
+            try:
+                if damaged := zipfile.ZipFile(file).testzip():  # torch writes a CRC of every tensor, and does not look at it
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+                file.seek(0)
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            return state
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(
-                f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({str(error).splitlines()[0][:100]})"
-            ) from error
+            except Exception as error:  # zipfile and torch raise whatever their parsers stumble over
+                reason = " ".join(str(error).split())[:120]
+                raise UserError(f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({reason})") from error
+        return state
 
     def save_best(self, student: Student) -> None:
         """The plain timm state dict of the student."""

@@ -74,18 +74,17 @@ def write_report(results: Sequence[Result], out: str, title: str, extra: str = "
 
 def compare(paths: Sequence[str], data: Path, out: str) -> None:
     """Evaluate runs and report them, beside the committed reference rows of the same architecture."""
-    runs = []
+    names, results = sets_below(data), []
     for run in find_runs(paths):
         try:
-            for name in sets_below(data):
+            for name in names:
                 check_set(data / name, run.info().classes)
-            runs.append(run)
+            results.append(result_of(run, data))
         except UserError as error:
             click.echo(f"{run}: left out: {error}", err=True)
-    if not runs:
-        raise UserError(f"{data}: no student here fits these image sets; set --data")
-    results = with_reference([result_of(run, data) for run in runs])
-    click.echo(write_report(results, out, "Students compared"))
+    if not results:
+        raise UserError(f"{data}: no student here could be scored on these image sets; set --data, or train them again")
+    click.echo(write_report(with_reference(results), out, "Students compared"))
     click.echo(f"written to {out}/report.md and {out}/report.png")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,16 +49,26 @@ def check_set(folder: Path, classes: list[str]) -> None:
     """Make sure that there is an image set, of this class list where the folder above it has a classes.json. Raises UserError."""
     set_tars(folder)
     found = folder.parent / CLASSES
-    if found.exists() and json.loads(found.read_text()) != classes:
+    try:
+        same = not found.exists() or json.loads(found.read_text()) == classes
+    except ValueError as error:
+        raise UserError(f"{found}: not a list of class names in JSON ({error}); correct it, or remove it") from error
+    if not same:
         raise UserError(f"{folder}: is of another class list than the shards ({found}); set another validation set, or validation=null")
 
 
 def set_tars(folder: Path) -> list[Path]:
     """The tars of an image set. Raises UserError when there are none."""
+    _refuse_url(folder)
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: no image set here (no *.tar); `make renditions` composes the demo's")
     return tars
+
+
+def _refuse_url(folder: Path) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):  # what Path has left of s3://
+        raise UserError(f"{folder}: image sets are local folders, not URLs; copy them to a disk first")
 
 
 def read_set(
@@ -141,6 +152,7 @@ def score_set(
 
 def sets_below(data: Path) -> list[str]:
     """Names of the evaluation sets of a data folder: every sub-folder with tars but ``train``; val and v2 first."""
+    _refuse_url(data)
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; `make renditions` composes the demo's sets")
     names = [path.name for path in data.iterdir() if path.name != "train" and any(path.glob("*.tar"))]

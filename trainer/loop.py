@@ -118,7 +118,7 @@ def end_epoch(run: Training, log: Log) -> None:
         row["val_top1"] = score.top1
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
-        log.write({"val_top1": score.top1}, run.now)
+        log.write({"val_top1": score.top1}, run.now - 1)  # with the epoch's last step: what comes from run.now on, the next start drops
     if better and distributed.is_first():
         run.directory.save_best(run.result)
     at.rows.append(row | {"images": at.images, "seconds": at.seconds})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,9 +15,7 @@ import uuid
 from datetime import timedelta
 from typing import NoReturn
 
-import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from manifests import UserError
 from manifests.command import USER_ERROR
@@ -35,13 +34,16 @@ class Watch:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            store, _, _ = next(rendezvous("env://"))
-        except (dist.DistError, RuntimeError) as error:
-            raise UserError(f"rank {place.rank}: not all {place.world} ranks have come ({' '.join(str(error).split())[:120]})") from error
-        # A connection of its own: a call of the group that waits would hold up the other one.
-        own = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
-        start = meet(own, place)
+            store = open_store(address, port, place)
+            # A connection of its own: a call of the group that waits would hold up the other one.
+            own = TCPStore(address, port, is_master=False, wait_for_workers=False)
+            start = meet(own, place)
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {place.rank}: cannot meet the others at {address}:{port} ({' '.join(str(error).split())[:120]})"
+            ) from error
         self.group_store, self._store = PrefixStore(f"group/{start}", store), PrefixStore(f"watch/{start}", own)
         self._lock = threading.Lock()
         self._over = threading.Event()  # this rank is leaving
@@ -124,6 +126,27 @@ class Watch:
             if other not in beats or beats[other][0] != value or self._store.check([f"left/{other}"]):
                 beats[other] = (value, now)
         return [other for other, (value, since) in beats.items() if value and now - since > SILENCE]
+
+
+def open_store(address: str, port: int, place: Place) -> Store:
+    """The store in which the ranks meet. It is torchrun's, where torchrun says so, else rank 0 holds it and the others wait for it.
+
+    torch's own rendezvous waits in C++, where neither Ctrl-C nor SIGTERM is heard: for the store here, for the ranks in `meet`.
+    Raises UserError when rank 0 does not come.
+    """
+    holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    deadline = time.monotonic() + COMING
+    while not (holds or _answers(address, port)):
+        _pause(deadline, [0], place.world)
+    return TCPStore(address, port, is_master=holds, wait_for_workers=False, timeout=timedelta(seconds=COMING))
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:  # nobody is there yet
+        return False
+    return True
 
 
 def meet(store: Store, place: Place) -> str:

@@ -217,6 +217,27 @@ def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(tiny_run: Path, tmp_p
     assert (tmp_path / LAST).stat().st_mtime > told_at and StudentDir(tmp_path).load_last() is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_rank_that_waits_for_the_others_can_be_ended(
+    tiny_run: Path, tmp_path: Path, alone: dict[str, str], here: int, number: signal.Signals
+) -> None:
+    place = {"WORLD_SIZE": "2", "RANK": str(here), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = command(tiny_run, tmp_path / "student")[2:]
+    program = f"from trainer import distributed, __main__; print('coming', flush=True); __main__.main({arguments!r})"
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=PROJECT, env=alone | place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert waiting.stdout is not None and waiting.stdout.readline() == "coming\n"
+        time.sleep(1)
+        waiting.send_signal(number)
+        said = waiting.communicate(timeout=10)[1]
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 130 and said.startswith("\ninterrupted; "), said
+
+
 def test_a_user_error_is_told_once(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
     statuses, lines = told(ranks(2, *command(tiny_run, tmp_path / "student", "student=test_resnt")))
     assert statuses == [2, 2]

@@ -9,7 +9,7 @@ import torch
 
 from manifests import UserError
 from shards import TarWriter
-from trainer.evaluate import read_set, score_set
+from trainer.evaluate import check_set, read_set, score_set, sets_below
 from trainer.student import create_student
 
 from .conftest import CLASSES, SIDE, write_image_set
@@ -52,3 +52,16 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "val", png=b"no image", cls=b"0")
     with pytest.raises(UserError, match=r"set\.tar: sample key: "):
         list(read_set(folder, CLASSES, SIDE, threads=2))
+
+
+def test_a_broken_class_list_is_named(tmp_path: Path) -> None:
+    folder = write_image_set(tmp_path / "val")
+    (tmp_path / "classes.json").write_text("[broken")
+    with pytest.raises(UserError, match=r"classes\.json: not a list of class names in JSON \("):
+        check_set(folder, ["class 0"])
+
+
+def test_image_sets_behind_urls_are_refused() -> None:
+    for refuse in (lambda folder: check_set(folder, []), sets_below):
+        with pytest.raises(UserError, match=r"^s3:/bucket/val: image sets are local folders, not URLs"):
+            refuse(Path("s3://bucket/val"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,18 @@ def test_points_are_on_disk_when_training_stops(tiny_run: Path, tmp_path: Path) 
         train(settings, str(tmp_path / "student"))
     events = EventAccumulator(str(tmp_path / "student" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("lr")] == [0]
+
+
+def test_every_start_keeps_the_points_of_those_before(tiny_run: Path, tmp_path: Path) -> None:
+    """Three epochs of six steps in three starts."""
+    settings = recipe(tiny_run, "epochs=3", f"validation={write_image_set(tmp_path / 'val')}")
+    for _ in range(3):
+        run = prepare(settings, str(tmp_path / "student"))
+        with closing(Log(tmp_path / "student", settings, run.now)) as log, progress(run.total, "one epoch", "step") as bar:
+            train_epoch(run, log, bar)
+            end_epoch(run, log)
+    events = EventAccumulator(str(tmp_path / "student" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val_top1")] == [5, 11, 17]
 
 
 def test_the_cost_counts_validation(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

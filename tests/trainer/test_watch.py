@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from manifests import UserError
 from trainer import watch
 from trainer.place import Place
-from trainer.watch import meet
+from trainer.watch import Watch, meet
 
 
 def connect(server: TCPStore) -> TCPStore:
@@ -41,3 +42,26 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, her
         with pytest.raises(UserError, match=f"of 3 ranks, {missing} not come"):
             meet(connect(server), Place(here, 3, here))
         assert other is None or other.result()
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_rank_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, here: int) -> None:
+    """Whether it holds the store or looks for it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(watch, "COMING", 0.5)
+    with pytest.raises(UserError, match=f"of 2 ranks, rank {1 - here} has not come"):
+        Watch(Place(here, 2, here))
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(UserError, match=rf"^rank 0: cannot meet the others at 127\.0\.0\.1:{taken.getsockname()[1]} \(.*listen"):
+            Watch(Place(0, 2, 0))
