@@ -86,6 +86,7 @@ class Watch:
         try:
             with self._lock:
                 self._store.set(f"here/{self.place.rank}", "")
+                self._store.set("roll call", "")  # the threads of those answer who wait in a collective for a rank that does not come
             while missing and time.monotonic() - started < ROLL_CALL:
                 time.sleep(0.1)
                 with self._lock:
@@ -104,6 +105,8 @@ class Watch:
                 with self._lock:
                     self._store.set(f"beat/{self.place.rank}", str(count))
                     self._heard = self._store.check(["ended"])
+                    if self._store.check(["roll call"]):
+                        self._store.set(f"here/{self.place.rank}", "")
                     silent = self._silent(beats) if self.place.rank == 0 else []
             except RuntimeError:  # the store is gone, and rank 0 with it; the main thread may have met that already
                 if not self._over.wait(ROLL_CALL):
