@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from manifests import RunDir, Store, Unwritable, UserError
 from manifests.rows import TarRecord
+from manifests.rundir import RUN
 
 from .cache import TarCache
 from .codec import EXTENSIONS, decode_image, decode_pixels
@@ -75,7 +76,7 @@ class ShardDataset:
         self._remake: Callable[[], ShardDataset] = partial(ShardDataset, url, stream, images=images, temperature=temperature, cache=cache)
         self.run = RunDir(url)
         self.info = self.run.info()
-        self.classes = self.info.classes
+        self.classes, self.side = self.info.classes, self._canvas()
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
@@ -140,11 +141,17 @@ class ShardDataset:
         if stored.image is not None:
             return decode_pixels(stored.image, stored.where)
         if self.images is not None:
-            return self.images.pixels(index, int(self.info.recipe["canvas"]))
+            return self.images.pixels(index, self.side)
         raise UserError(
             f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
             "or make them anew with output.clean_images=true"
         )
+
+    def _canvas(self) -> int:
+        side = self.info.recipe.get("canvas")
+        if type(side) is not int or side < 1:
+            raise UserError(f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make the run anew")
+        return side
 
     def _join(self, images: str | Path) -> JoinedImages:
         if len(self) and self.read(0).image is not None:

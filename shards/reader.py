@@ -83,12 +83,13 @@ class TrainingReader:
         # Samples of each stream in an epoch. Of the first, those that do not fill a batch are left out; they differ from epoch to epoch.
         self.samples = {stream: len(dataset) for stream, dataset in self.datasets.items()} | {streams[0]: self.steps * batch_size}
         self._plans: dict[str, tuple[int, EpochPlan]] = {}
+        if batch_size < world:
+            raise UserError(
+                f"{url}: a batch of {batch_size} leaves some of {world} processes without a sample; raise batch, or start fewer"
+            )
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
-                raise UserError(
-                    f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch to "
-                    f"{-(-len(first) * world // max(len(dataset), 1))} or more, or weaken the attack"
-                )
+                raise UserError(f"{url}: {_too_few(stream, len(dataset), self.steps, len(first), world)}")
         if cache is not None and (needed := sum(_three_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
             raise UserError(
                 f"{url}: three windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
@@ -160,7 +161,7 @@ class TrainingReader:
 
     def read_ahead(self, workers: int) -> int:
         """Batches that the loader keeps ready: four a worker, or fewer where these would fill the memory; at least one a worker."""
-        side = int(next(iter(self.datasets.values())).info.recipe["canvas"])
+        side = next(iter(self.datasets.values())).side
         batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
 
@@ -222,6 +223,16 @@ class _EpochBatches(Dataset[Any]):
             logits.append(soft)
         # Pixels stay in the order they were decoded in: channels_last.
         return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
+
+
+def _too_few(stream: str, samples: int, steps: int, first: int, world: int) -> str:
+    """What to do about a stream that cannot give every rank a sample in every batch. first: samples of the stream that sets the steps."""
+    if samples == 0:
+        return f"no {stream} samples at all; weaken the attack, or train without them"
+    if samples < world:
+        return f"only {samples} {stream} samples for {world} processes; start fewer, or weaken the attack"
+    enough = -(-first * world // samples)
+    return f"only {samples} {stream} samples for {steps} batches an epoch; raise batch to {enough} or more, or weaken the attack"
 
 
 def poor_in_classes(dataset: ShardDataset, window: int) -> str | None:
