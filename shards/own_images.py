@@ -19,7 +19,7 @@ from .index import kept_table
 from .tar import Sample, clean_key, index_tar, iterate_tar
 
 
-class JoinedImages:
+class OwnImages:
     """The images of a stream, in its order, wherever they lie in a folder of tars.
 
     Raises UserError for a folder without tars, or one that lacks a key of the stream or holds it twice.
@@ -43,7 +43,7 @@ class JoinedImages:
             _, sample = next(iterate_tar(file, str(path), int(self._offset[index])), (0, Sample("")))
         if clean_key(sample.key) != key:
             raise UserError(f"{path}: {key} is no longer where it was; the tar was changed while it is read: start again")
-        data = next((sample.members[extension] for extension in IMAGE_EXTENSIONS if extension in sample.members), None)
+        data = sample.first(IMAGE_EXTENSIONS)
         if data is None:
             raise UserError(f"{path}: {sample.key}: no image among the members ({', '.join(sample.members)})")
         try:
