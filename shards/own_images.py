@@ -56,6 +56,9 @@ def _join(tars: list[Path], keys: pa.StringArray, folder: str | Path) -> pa.Tabl
     """Where each key lies: columns tar (number in the sorted list) and offset (of its first header)."""
     wanted = keys.to_pylist()
     of_the_run = frozenset(wanted)
+    if repeated := len(wanted) - len(of_the_run):
+        why = f"{repeated} samples of the run have the key of another, and no telling which image is whose"
+        raise UserError(f"images: {why}; make it anew with output.clean_images=true")
     place: dict[str, tuple[int, int]] = {}
     for number, path in enumerate(
         tqdm(tars, desc="reading tar headers", unit="tar", disable=None if len(tars) > 20 else True, leave=False)
