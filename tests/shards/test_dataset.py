@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from manifests import UserError
+from manifests import RunDir, UserError
 from manifests.rows import decode_table, encode_table
 from shards import ShardDataset, decode_image, iterate_tar
 
@@ -233,10 +234,14 @@ def test_unknown_members_are_ignored(make_run: MakeRun, tmp_path: Path) -> None:
     assert len([sample.image for sample in dataset]) == len(dataset) and not target.exists()  # type: ignore[attr-defined]
 
 
-def reseal(run: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Edit the metadata of a run's manifest, and make run.json vouch for it."""
+def reseal(run: Path, edit: Callable[[dict[str, Any]], object], **columns: list[int | None]) -> None:
+    """Edit the metadata of a run's manifest, replace columns of it, and make run.json vouch for it."""
     table, meta = decode_table((run / "manifest.parquet").read_bytes(), "manifest")
     edit(meta)
+    for name, values in columns.items():
+        table = table.set_column(
+            table.schema.get_field_index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type)
+        )
     data = encode_table(table, meta)
     (run / "manifest.parquet").write_bytes(data)
     tree = json.loads((run / "run.json").read_text())
@@ -256,6 +261,14 @@ def test_a_manifest_that_lacks_a_field(copy: Path, case: str) -> None:
     edit, reason = TARS[case]
     reseal(copy, edit)
     with pytest.raises(UserError, match=rf"^{copy}/manifest\.parquet: {reason}"):
+        ShardDataset(str(copy))
+
+
+@pytest.mark.parametrize("column", ["shard", "dad_offset", "dad_size"])
+def test_a_manifest_of_negative_numbers(copy: Path, column: str) -> None:
+    values = RunDir(copy).manifest([column])[0].column(column).to_pylist()
+    reseal(copy, lambda meta: None, **{column: [-5, *values[1:]]})
+    with pytest.raises(UserError, match=rf"^{copy}/manifest\.parquet: dad samples of negative {column.removeprefix('dad_')}"):
         ShardDataset(str(copy))
 
 
