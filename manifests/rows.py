@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
 from .errors import UserError
 
@@ -101,6 +102,16 @@ def decode_table(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.
         return table.select(list(columns)).cast(pa.schema([SCHEMA.field(name) for name in columns])), meta
     except pa.ArrowException as error:
         raise UserError(f"{where}: columns of other types ({' '.join(str(error).split())[:100]})") from error
+
+
+def decode_tars(meta: Mapping[str, Any], where: str) -> list[TarRecord]:
+    """The records of the tars that a sealed manifest's metadata describe. Raises UserError naming ``where`` and the field."""
+    try:
+        return pydantic.TypeAdapter(list[TarRecord]).validate_python(meta.get("tars"))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, ("tars", *first["loc"])))
+        raise UserError(f"{where}: {field}: {first['msg'].lower()}; restore it or make the run anew") from error
 
 
 def decode_part(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, PartRecord]:

@@ -20,7 +20,7 @@ import pydantic
 
 from .errors import Unreachable, UserError
 from .recipe import fingerprint
-from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, encode_part, encode_table
+from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, decode_tars, encode_part, encode_table
 from .store import Store
 
 MANIFEST = "manifest.parquet"
@@ -227,7 +227,7 @@ class RunDir:
             raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})")
         if table.num_rows != info.samples:
             raise UserError(f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples")
-        tars = [TarRecord(**tar) for tar in meta["tars"]]
+        tars = decode_tars(meta, self.store.where(MANIFEST))
         if odd := [tar.name for tar in tars if not TAR_NAME.fullmatch(tar.name)]:
             raise UserError(f"{self.store.where(MANIFEST)}: names {odd[0]!r}, which is no tar of a run directory")
         return table, tars

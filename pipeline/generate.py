@@ -119,7 +119,8 @@ def seal(job: Job, missing: Mapping[int, str]) -> None:
     table, tars = job.out.seal(replace(job.info, versions=job.out.info().versions), shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
     if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():  # large sources are planned without reading every key
-        click.echo(f"note: {repeated} keys occur more than once; to join by key, make it anew with source.keys=place", err=True)
+        told = "source.keys=place tells them apart (but labels only are then joined to no images)"
+        click.echo(f"note: {repeated} keys occur more than once; {told}", err=True)
 
 
 def _record_versions(job: Job) -> None:

@@ -20,15 +20,25 @@ def main() -> None:
 @click.option("--shards", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--workers", default="0,1,2", show_default=True, metavar="N,N,…", help="Numbers of loader workers to try.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Measurements of each, in turn; the best counts.")
-@click.option("--samples", default=1_281_167, show_default=True, help="Samples of the manifest to plan; 1,000 a shard. 0: none.")
+@click.option(
+    "--samples",
+    default=1_281_167,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Samples of the manifest to plan; 1,000 a shard. 0: none.",
+)
 def bench(images: int, shards: int, workers: str, repeats: int, samples: int) -> None:
     """Compare a bare tar loop, webdataset, ImageFolder and this reader, and time the plan of a large run."""
-    from .benchmark import measure, measure_plan
+    from .benchmark import PLANNED, measure, measure_plan
 
     try:
         numbers = tuple(int(number) for number in workers.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{workers!r} is no list of numbers such as 0,1,2", param_hint="--workers") from error
+    if not 0 <= min(numbers) <= max(numbers) <= shards:
+        raise click.BadParameter(f"{workers}: from 0 to {shards}, so that each has a tar; raise --shards for more", param_hint="--workers")
+    if 0 < samples < PLANNED:
+        raise click.BadParameter(f"{samples}: fewer than a batch of {PLANNED}; 0 plans nothing", param_hint="--samples")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["DAD_CACHE"] = cache  # not the user's own, and so that the first opening is one
         measure(images, shards, numbers, repeats)

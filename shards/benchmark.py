@@ -31,6 +31,7 @@ from .reader import TrainingReader
 from .tar import TarWriter
 
 BATCH = 64
+PLANNED = 1024  # batch of the large run that is planned
 CLASSES = 1000
 SIDE = 224
 DETAIL = 0.1  # of the pictures, as a share of the range of brightness
@@ -89,7 +90,7 @@ def measure_plan(samples: int, shards: int) -> None:
         click.echo(f"manifest of {samples:,} samples in {shards:,} shards, {(Path(folder) / MANIFEST).stat().st_size / 1e6:.0f} MB")
         for label in ("opened for the first time", "opened again"):
             started = time.perf_counter()
-            reader = TrainingReader(folder, batch_size=1024, streams=("clean",))
+            reader = TrainingReader(folder, batch_size=PLANNED, streams=("clean",))
             click.echo(f"  {label:36s} {time.perf_counter() - started:7.2f} s")
         reader.plan("clean", 0)
         started = time.perf_counter()

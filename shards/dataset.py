@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from manifests import RunDir, Store, Unwritable, UserError
+from manifests import RunDir, Unwritable, UserError
 from manifests.rows import TarRecord
+from manifests.rundir import RUN
 
 from .cache import TarCache
 from .codec import EXTENSIONS, decode_image, decode_pixels
 from .index import open_index
-from .joined import JoinedImages
+from .own_images import OwnImages
 from .tar import Extent, parse_sample
 from .views import read_soft_labels
 
@@ -75,11 +75,10 @@ class ShardDataset:
         self._remake: Callable[[], ShardDataset] = partial(ShardDataset, url, stream, images=images, temperature=temperature, cache=cache)
         self.run = RunDir(url)
         self.info = self.run.info()
-        self.classes = self.info.classes
+        self.classes, self.side = self.info.classes, self._canvas()
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
-        self._store, self._process = self.run.store, os.getpid()
         self.images = None if images is None else self._join(images)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -124,14 +123,14 @@ class ShardDataset:
         if not re.fullmatch(rb"[0-9]{1,9}", label) or int(label) >= len(self.classes):
             raise UserError(f"{where}: label {label[:20]!r} is not one of the {len(self.classes)} classes")
         logits, views = read_soft_labels(sample.members, len(self.classes), self.temperature, where)
-        image = next((sample.members[extension] for extension in EXTENSIONS if extension in sample.members), None)
+        image = sample.first(EXTENSIONS)
         return StoredSample(sample.key, int(label), logits, views, image, where)
 
     def _bytes(self, tar: TarRecord, extent: Extent) -> bytes:
         try:
             if self.cache is None:
-                return self.store.read_range(tar.name, extent.offset, extent.size)
-            return self.cache.read_range(self.store, tar, extent.offset, extent.size)
+                return self.run.store.read_range(tar.name, extent.offset, extent.size)
+            return self.cache.read_range(self.run.store, tar, extent.offset, extent.size)
         except FileNotFoundError as error:
             raise UserError(f"{self.run.store.where(tar.name)}: missing; restore it, or run `make shards` again") from error
 
@@ -140,28 +139,34 @@ class ShardDataset:
         if stored.image is not None:
             return decode_pixels(stored.image, stored.where)
         if self.images is not None:
-            return self.images.pixels(index, int(self.info.recipe["canvas"]))
+            return self.images.pixels(index, self.side)
         raise UserError(
             f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
             "or make them anew with output.clean_images=true"
         )
 
-    def _join(self, images: str | Path) -> JoinedImages:
+    def _canvas(self) -> int:
+        side = self.info.recipe.get("canvas")
+        if type(side) is not int or side < 1:
+            raise UserError(f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make the run anew")
+        return side
+
+    def _join(self, images: str | Path) -> OwnImages:
         if len(self) and self.read(0).image is not None:
             raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
         if self.info.identity.get("source.keys") == "place":
             why = "its keys are places in its source (source.keys=place), by which no image can be found"
             raise UserError(f"images: {self.run}: {why}; make it anew with source.keys=name, or with output.clean_images=true")
-        return JoinedImages(images, self.index.keys, self.index.name)
+        return OwnImages(images, self.index.keys, self.index.name)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Bring the tars of shards near: into the cache, or a local file into the page cache. Raises UserError as reading does."""
         for shard in shards:
             tar = self._tar(shard)
             if self.cache is not None:
-                self.cache.fetch(self.store, tar)
+                self.cache.fetch(self.run.store, tar)
             else:
-                self.store.advise(tar.name)
+                self.run.store.advise(tar.name)
 
     def check(self, *, content: bool = True, progress: bool = True, part: int = 0, parts: int = 1) -> None:
         """Make sure that every tar of the stream is the one the manifest describes; of several parts, every parts-th tar.
@@ -182,15 +187,9 @@ class ShardDataset:
     def _sizes(self) -> dict[str, int]:
         """Bytes of the stream's tars by one listing; empty where the store may be read but not listed."""
         try:
-            return {f"{self.stream}/{name}": size for name, size in self.store.sizes(self.stream).items()}
+            return {f"{self.stream}/{name}": size for name, size in self.run.store.sizes(self.stream).items()}
         except Unwritable:
             return {}
-
-    @property
-    def store(self) -> Store:
-        if self._process != os.getpid():  # the clients of object stores do not survive a fork
-            self._store, self._process = Store(self.run.store.url), os.getpid()
-        return self._store
 
     def _tar(self, shard: int) -> TarRecord:
         if shard not in self.index.tars:

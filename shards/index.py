@@ -122,5 +122,7 @@ def _index_table(run: RunDir, info: RunInfo, stream: str) -> pa.Table:
         table = table.filter(pc.is_valid(table.column("offset")))
     if empty := [name for name in columns if table.column(name).null_count]:
         raise UserError(f"{run.store.where(MANIFEST)}: {stream} samples without {empty[0]}; make the run anew")
+    if wrong := [name for name in ("shard", "offset", "size") if len(table) and pc.min(table.column(name)).as_py() < 0]:
+        raise UserError(f"{run.store.where(MANIFEST)}: {stream} samples of negative {wrong[0]}; restore it or make the run anew")
     described = [asdict(tar) for tar in tars if tar.name.startswith(f"{stream}/")]
     return table.replace_schema_metadata({b"tars": json.dumps(described).encode()})

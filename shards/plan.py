@@ -6,10 +6,11 @@ batches. The order does not depend on the number of workers or ranks.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+
+from .seeds import digest
 
 WINDOWS_LOOKED_AT = 8  # for their classes: some ten thousand samples
 
@@ -32,8 +33,7 @@ def plan_epoch(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream
 
     shards: [N] shard number of each sample, non-decreasing.
     """
-    digest = hashlib.sha256(f"{seed} {epoch} {stream}".encode()).digest()
-    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+    rng = np.random.Generator(np.random.PCG64(digest(seed, epoch, stream, size=16)))
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
     ends = np.append(starts[1:], len(shards))
     visit = rng.permutation(len(starts))

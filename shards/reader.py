@@ -6,6 +6,7 @@ The state of the reader is two integers, epoch and global batches consumed: `Tra
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class TrainingReader:
     batch_size: clean images of one global batch. Every other stream gives its proportional share to each, which differs by at most one.
     images, temperature: as for `ShardDataset`, images of the clean stream.
     cache_gb: most that remote tars may take on the local disk, in GiB.
+    side: pixels of the images that a transform will make, for the memory that may be read ahead; None: as stored.
     Raises UserError when a stream has too few samples for one batch, or the cache cannot hold what is read at one time.
     """
 
@@ -68,13 +70,14 @@ class TrainingReader:
         images: str | Path | None = None,
         temperature: float | None = None,
         cache_gb: float = 50,
+        side: int | None = None,
     ) -> None:
         cache = None if Store(url).is_local else TarCache(int(cache_gb * 2**30))
         self.datasets: dict[str, ShardDataset] = {
             stream: ShardDataset(url, stream, images=images if stream == "clean" else None, temperature=temperature, cache=cache)
             for stream in streams
         }
-        self.batch_size, self.seed, self.window, self.rank, self.world = batch_size, seed, window, rank, world
+        self.batch_size, self.seed, self.window, self.rank, self.world, self.side = batch_size, seed, window, rank, world, side
         first = self.datasets[streams[0]]
         self.classes = first.classes
         self.steps = len(first) // batch_size
@@ -83,12 +86,13 @@ class TrainingReader:
         # Samples of each stream in an epoch. Of the first, those that do not fill a batch are left out; they differ from epoch to epoch.
         self.samples = {stream: len(dataset) for stream, dataset in self.datasets.items()} | {streams[0]: self.steps * batch_size}
         self._plans: dict[str, tuple[int, EpochPlan]] = {}
+        if batch_size < world:
+            raise UserError(
+                f"{url}: a batch of {batch_size} leaves some of {world} processes without a sample; raise batch, or start fewer"
+            )
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
-                raise UserError(
-                    f"{url}: only {len(dataset)} {stream} samples for {self.steps} batches an epoch; raise batch to "
-                    f"{-(-len(first) * world // max(len(dataset), 1))} or more, or weaken the attack"
-                )
+                raise UserError(f"{url}: {_too_few(stream, len(dataset), self.steps, len(first), world)}")
         if cache is not None and (needed := sum(_three_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
             raise UserError(
                 f"{url}: three windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
@@ -157,6 +161,7 @@ class TrainingReader:
             num_workers=workers,
             prefetch_factor=self.read_ahead(workers) // workers if workers else None,
             pin_memory=pin,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares the plan; newer Pythons do otherwise
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -165,7 +170,7 @@ class TrainingReader:
 
     def read_ahead(self, workers: int) -> int:
         """Batches that the loader keeps ready: four a worker, or fewer where these would fill the memory; at least one a worker."""
-        side = int(self.info.recipe["canvas"])
+        side = self.side or next(iter(self.datasets.values())).side
         batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
 
@@ -227,6 +232,16 @@ class _EpochBatches(Dataset[Any]):
             logits.append(soft)
         # Pixels stay in the order they were decoded in: channels_last.
         return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
+
+
+def _too_few(stream: str, samples: int, steps: int, first: int, world: int) -> str:
+    """What to do about a stream that cannot give every rank a sample in every batch. first: samples of the stream that sets the steps."""
+    if samples == 0:
+        return f"no {stream} samples at all; weaken the attack, or train without them"
+    if samples < world:
+        return f"only {samples} {stream} samples for {world} processes; start fewer, or weaken the attack"
+    enough = -(-first * world // samples)
+    return f"only {samples} {stream} samples for {steps} batches an epoch; raise batch to {enough} or more, or weaken the attack"
 
 
 def poor_in_classes(dataset: ShardDataset, window: int) -> str | None:

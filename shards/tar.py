@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -38,6 +38,10 @@ class Sample:
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
+
+    def first(self, extensions: Iterable[str]) -> bytes | None:
+        """The first of these members that the sample has, such as its image."""
+        return next((self.members[extension] for extension in extensions if extension in self.members), None)
 
 
 class TarWriter:

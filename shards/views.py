@@ -11,7 +11,6 @@ is stored: ``KEY.logits.npy`` is then float16 [classes].
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from manifests.errors import UserError
 from manifests.recipe import recipe_dataclass
 
 from .codec import array_dtype, decode_array, encode_array
-from .seeds import seeded_generator
+from .seeds import digest, seeded_generator
 
 VIEW = np.dtype([("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "<u2")])  # pixels of the stored image
 RATIO = 4 / 3  # most that a crop's sides differ by, as in Inception's random resized crop
@@ -90,8 +89,7 @@ def view_images(image: torch.Tensor, views: np.ndarray) -> torch.Tensor:
 
 def view_of_epoch(key: str, seed: int, epoch: int, count: int) -> int:
     """Which view an epoch shows: each in turn, from a start of the sample's own, so that a batch holds views of every number."""
-    digest = hashlib.sha256(f"{seed} {key} view".encode()).digest()
-    return (epoch + int.from_bytes(digest[:8], "little")) % count
+    return (epoch + digest(seed, key, "view", size=8)) % count
 
 
 def soft_label_members(logits: np.ndarray, views: np.ndarray | None, settings: ViewSettings) -> dict[str, bytes]:

@@ -108,7 +108,7 @@ def _stored(folder: Path, classes: int, part: int, parts: int) -> Iterator[tuple
                 count += 1
                 if (count - 1) % parts != part:
                     continue
-                data = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
+                data = sample.first(IMAGE_EXTENSIONS)
                 label = sample.members.get("cls", b"").decode("ascii", "replace").strip()
                 if data is None or not label.isdecimal():
                     raise UserError(f"{tar}: sample {sample.key} has no image, or no .cls with a number")

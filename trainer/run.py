@@ -127,6 +127,7 @@ def open_reader(recipe: Recipe, objective: Objective) -> TrainingReader:
         images=recipe.images,
         temperature=recipe.loss.temperature,
         cache_gb=recipe.cache_gb,
+        side=recipe.input,
     )
 
 

@@ -51,7 +51,7 @@ class TarPiece:
                 if self.stop is not None and offset >= self.stop:
                     return
                 key = clean_key(sample.key) if self.keys == "name" else place_key(of, number)
-                image = next((sample.members[ext] for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
+                image = sample.first(IMAGE_EXTENSIONS)
                 label, problem = check_label(sample.members.get("cls"), classes)
                 if image is None:
                     problem = f"no image among the members ({', '.join(sample.members) or 'none'})"

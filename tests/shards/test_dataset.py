@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from manifests import RunDir, UserError
+from manifests.rows import decode_table, encode_table
 from shards import ShardDataset, decode_image, iterate_tar
 
 MakeRun = Callable[..., Path]
@@ -232,22 +234,57 @@ def test_unknown_members_are_ignored(make_run: MakeRun, tmp_path: Path) -> None:
     assert len([sample.image for sample in dataset]) == len(dataset) and not target.exists()  # type: ignore[attr-defined]
 
 
-def test_a_manifest_that_points_elsewhere(copy: Path) -> None:
-    """A manifest re-made to name tars outside the run is refused or fails inside the run: no other file is read."""
-    run = RunDir(copy)
-    table, tars = run.manifest()
-    secret = copy.parent / "secret.tar"
-    shutil.copy(copy / "dad" / "dad-000000.tar", secret)
-    import dataclasses
+def reseal(run: Path, edit: Callable[[dict[str, Any]], object], **columns: list[int | None]) -> None:
+    """Edit the metadata of a run's manifest, replace columns of it, and make run.json vouch for it."""
+    table, meta = decode_table((run / "manifest.parquet").read_bytes(), "manifest")
+    edit(meta)
+    for name, values in columns.items():
+        table = table.set_column(
+            table.schema.get_field_index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type)
+        )
+    data = encode_table(table, meta)
+    (run / "manifest.parquet").write_bytes(data)
+    tree = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(tree | {"manifest_sha256": hashlib.sha256(data).hexdigest()}))
 
-    from manifests.rows import encode_table
 
-    moved = [dataclasses.replace(tar, name="dad/../../secret-0.tar") if tar.name == "dad/dad-000000.tar" else tar for tar in tars]
-    secret.rename(copy.parent / "secret-0.tar")
-    data = encode_table(table, {"run": run.info().fingerprint, "tars": [dataclasses.asdict(tar) for tar in moved]})
-    (copy / "manifest.parquet").write_bytes(data)
+TARS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no tars": (lambda meta: meta.pop("tars"), "tars: input should be a valid list"),
+    "no list": (lambda meta: meta.update(tars={"name": "a"}), "tars: input should be a valid list"),
+    "no size": (lambda meta: meta["tars"][2].pop("size"), r"tars\.2\.size: field required"),
+    "a size in words": (lambda meta: meta["tars"][0].update(size="big"), r"tars\.0\.size: input should be a valid integer"),
+}
+
+
+@pytest.mark.parametrize("case", TARS)
+def test_a_manifest_that_lacks_a_field(copy: Path, case: str) -> None:
+    edit, reason = TARS[case]
+    reseal(copy, edit)
+    with pytest.raises(UserError, match=rf"^{copy}/manifest\.parquet: {reason}"):
+        ShardDataset(str(copy))
+
+
+@pytest.mark.parametrize("column", ["shard", "dad_offset", "dad_size"])
+def test_a_manifest_of_negative_numbers(copy: Path, column: str) -> None:
+    values = RunDir(copy).manifest([column])[0].column(column).to_pylist()
+    reseal(copy, lambda meta: None, **{column: [-5, *values[1:]]})
+    with pytest.raises(UserError, match=rf"^{copy}/manifest\.parquet: dad samples of negative {column.removeprefix('dad_')}"):
+        ShardDataset(str(copy))
+
+
+@pytest.mark.parametrize("canvas", [None, 0, -8, "big", 8.0, True])
+def test_a_run_without_a_canvas(copy: Path, canvas: object) -> None:
+    """The side of its images, which students take for theirs, is a number of pixels or the run is refused."""
     tree = json.loads((copy / "run.json").read_text())
-    tree["manifest_sha256"] = hashlib.sha256(data).hexdigest()
+    tree["recipe"] = {"canvas": canvas} if canvas is not None else {}
     (copy / "run.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError):
-        ShardDataset(str(copy), "dad")[0]
+    with pytest.raises(UserError, match=rf"^{copy}/run\.json: recipe\.canvas: {canvas!r} is no number of pixels"):
+        ShardDataset(str(copy))
+
+
+def test_a_manifest_that_points_elsewhere(copy: Path) -> None:
+    """A manifest re-made to name tars outside the run is refused: no other file is read."""
+    shutil.copy(copy / "dad" / "dad-000000.tar", copy.parent / "secret-0.tar")
+    reseal(copy, lambda meta: [tar.update(name="dad/../../secret-0.tar") for tar in meta["tars"] if tar["name"] == "dad/dad-000000.tar"])
+    with pytest.raises(UserError, match=r"names 'dad/\.\./\.\./secret-0\.tar', which is no tar of a run directory"):
+        ShardDataset(str(copy), "dad")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from manifests import UserError
 from shards import Batch, ImageFormat, ShardDataset, TrainingReader, encode_image
+from shards.__main__ import main
 from shards.benchmark import BareTars, write_manifest, write_run
 
 
@@ -258,6 +260,21 @@ def test_bench_prints_all_four(python: Callable[..., object]) -> None:
     assert any("one epoch planned" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--workers=-1", "--workers: -1: from 0 to 8"),
+        ("--workers=0,3 --shards=2", "--workers: 0,3: from 0 to 2, so that each has a tar; raise --shards"),
+        ("--workers=two", "--workers: 'two' is no list of numbers"),
+        ("--samples=-5", "'--samples': -5 is not in the range"),
+        ("--samples=10", "--samples: 10: fewer than a batch of 1024"),
+    ],
+)
+def test_bench_refuses_before_it_measures(arguments: str, reason: str) -> None:
+    told = CliRunner().invoke(main, ["bench", *arguments.split()], prog_name="python -m shards")
+    assert told.exit_code == 2 and told.stdout == "" and told.stderr.count("\n") == 1 and reason in told.stderr
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_of_different_sizes(make_run: Callable[..., Path], tmp_path: Path, workers: int) -> None:
     """One published image of another size cannot stand in a batch: named, not a stack trace."""
@@ -298,3 +315,23 @@ def test_a_source_sorted_by_class_is_noted(tmp_path: Path, capsys: pytest.Captur
         window = int(notes[0].partition("raise window to ")[2].partition(",")[0])
         reader(tmp_path / "run", 256, streams=("clean",), window=window)
     assert capsys.readouterr().err == ""
+
+
+def test_streams_that_no_batch_size_mends(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing verified at all, fewer verified than processes, more processes than samples in a batch: said as it is, on every rank."""
+    write_manifest(tmp_path / "rejected", 2000, 2)
+    with pytest.raises(UserError, match=r"no dad samples at all; weaken the attack, or train without them$"):
+        reader(tmp_path / "rejected", 48)
+    eleven = make_run(tmp_path / "eleven", sizes=(12,))
+    for rank in (0, 7):
+        with pytest.raises(UserError, match="a batch of 6 leaves some of 8 processes without a sample; raise batch, or start fewer"):
+            reader(eleven, 6, streams=("clean",), world=8, rank=rank)
+        with pytest.raises(UserError, match="only 7 dad samples for 8 processes; start fewer, or weaken the attack"):
+            reader(eleven, 11, world=8, rank=rank)
+
+
+def test_read_ahead_counts_the_images_that_are_made(plain_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the side is sixteen times the memory."""
+    small, large = (TrainingReader(str(plain_run), batch_size=12, side=side) for side in (None, 4 * 8))
+    monkeypatch.setattr("shards.reader.READ_AHEAD", 4 * 3 * 8 * 8 * sum(small.samples.values()) // small.steps)
+    assert (small.read_ahead(1), large.read_ahead(1)) == (4, 1)

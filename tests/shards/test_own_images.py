@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,6 +16,7 @@ from manifests import RunDir, UserError
 from manifests.cache import cache_folder
 from manifests.rows import encode_table
 from shards import ShardDataset, TrainingReader, iterate_tar
+from shards.own_images import OwnImages
 from tests.conftest import draw_pictures, jpeg, write_tar
 
 MakeRun = Callable[..., Path]
@@ -130,6 +132,12 @@ def test_a_key_that_occurs_twice(run: Path, own: Path) -> None:
     write_tar(own / "val.tar", [("s0-00.jpg", jpeg(pictures[1]))])
     with pytest.raises(UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a folder"):
         ShardDataset(str(run), "clean", images=own)
+
+
+def test_a_run_whose_own_keys_repeat(own: Path) -> None:
+    """Two labels cannot share one image, even where the user has but one of that name."""
+    with pytest.raises(UserError, match=r"^images: 2 samples of the run have the key of another, .*output\.clean_images=true"):
+        OwnImages(own, pa.array(["s0-00", "s0-01", "s0-00", "s0-00"]), "four keys")
 
 
 @pytest.mark.parametrize("change", ["rotated", "shorter"])

@@ -19,7 +19,7 @@ from .index import kept_table
 from .tar import Sample, clean_key, index_tar, iterate_tar
 
 
-class JoinedImages:
+class OwnImages:
     """The images of a stream, in its order, wherever they lie in a folder of tars.
 
     Raises UserError for a folder without tars, or one that lacks a key of the stream or holds it twice.
@@ -43,7 +43,7 @@ class JoinedImages:
             _, sample = next(iterate_tar(file, str(path), int(self._offset[index])), (0, Sample("")))
         if clean_key(sample.key) != key:
             raise UserError(f"{path}: {key} is no longer where it was; the tar was changed while it is read: start again")
-        data = next((sample.members[extension] for extension in IMAGE_EXTENSIONS if extension in sample.members), None)
+        data = sample.first(IMAGE_EXTENSIONS)
         if data is None:
             raise UserError(f"{path}: {sample.key}: no image among the members ({', '.join(sample.members)})")
         try:
@@ -56,6 +56,9 @@ def _join(tars: list[Path], keys: pa.StringArray, folder: str | Path) -> pa.Tabl
     """Where each key lies: columns tar (number in the sorted list) and offset (of its first header)."""
     wanted = keys.to_pylist()
     of_the_run = frozenset(wanted)
+    if repeated := len(wanted) - len(of_the_run):
+        why = f"{repeated} samples of the run have the key of another, and no telling which image is whose"
+        raise UserError(f"images: {why}; make it anew with output.clean_images=true")
     place: dict[str, tuple[int, int]] = {}
     for number, path in enumerate(
         tqdm(tars, desc="reading tar headers", unit="tar", disable=None if len(tars) > 20 else True, leave=False)
