@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from manifests import Store, UserError
-from manifests.devices import choose_device, use_bf16
+from manifests.devices import choose_device, must_fit, use_bf16
 from manifests.recipe import fingerprint
 
 from .checkpoint import BEST, RUN, StudentDir
@@ -30,8 +30,9 @@ def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dic
         return scores
     where = choose_device(device)
     bf16, threads = use_bf16(info.recipe["precision"], where), info.recipe["workers"]  # as in training
-    model, label = directory.load_student().to(where), directory.path.name
-    scores = evaluate(model, data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label)
+    student, label = directory.load_student(), directory.path.name
+    with must_fit("the student does not fit into memory to be scored; free some, or leave out the GPU with CUDA_VISIBLE_DEVICES="):
+        scores = evaluate(student.to(where), data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label)
     directory.store.write(RESULTS, scores_to_json(scores, made_from, weights).encode())
     return scores
 

@@ -24,6 +24,7 @@ from .distributed import rank, sum_over_ranks, world
 
 RESULTS = "eval.json"
 CLASSES = "classes.json"  # class names in label order, beside the image sets
+BATCH = 250  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def _stored(folder: Path, classes: int, part: int, parts: int) -> Iterator[tuple
 
 
 def score_set(
-    model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, threads: int = 1, batch: int = 250
+    model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, threads: int = 1, batch: int = BATCH
 ) -> Score:
     """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back.
 
