@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,16 +176,16 @@ def evaluate(
     return scores
 
 
-def scores_to_json(scores: dict[str, Score], made_from: str, weights: str) -> str:
+def scores_to_json(scores: Mapping[str, Score], *, made_from: str, weights: str) -> str:
     """``made_from``: fingerprint of the weights and the sets that were scored; ``weights``: sha256 of the weights alone."""
     tree = {"made_from": made_from, "weights": weights, "scores": {name: asdict(score) for name, score in scores.items()}}
     return json.dumps(tree, indent=2) + "\n"
 
 
-def scores_from_json(text: str, made_from: str) -> dict[str, Score] | None:
-    """The scores, or None when they are of other weights or sets, or unreadable: then they are measured again."""
+def scores_from_json(text: bytes, **expected: str) -> dict[str, Score] | None:
+    """The scores, or None when they are of another ``made_from`` or ``weights`` than expected, or unreadable: they are measured again."""
     try:
         tree = json.loads(text)
-        return {name: Score(**score) for name, score in tree["scores"].items()} if tree["made_from"] == made_from else None
+        return {name: Score(**score) for name, score in tree["scores"].items()} if expected.items() <= tree.items() else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
