@@ -87,6 +87,15 @@ def identity(recipe: Any) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if not _is_free(type(recipe), name)}
 
 
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(field, its value in ``old``, in ``new``) of the first that differs between two identities; None when all agree.
+
+    A field that one of them does not have is None there.
+    """
+    names = {**old, **new}
+    return next(((name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)), None)
+
+
 def fingerprint(value: Any) -> str:
     """sha256 (first 16 hex digits) of any JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

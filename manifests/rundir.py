@@ -19,7 +19,7 @@ import pyarrow as pa
 import pydantic
 
 from .errors import Unreachable, UserError
-from .recipe import fingerprint
+from .recipe import fingerprint, first_difference
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, decode_tars, encode_part, encode_table
 from .store import Store
 
@@ -137,14 +137,13 @@ class RunDir:
             return
         old = self.info()
         for section in ("identity", "fingerprints"):
-            before, now = getattr(old, section), getattr(info, section)
-            for name in [*before, *(n for n in now if n not in before)]:
-                if before.get(name) != now.get(name):
-                    what = name if section == "identity" else f"the {name} (its content's fingerprint)"
-                    raise UserError(
-                        f"{self.store}: already holds shards made with another recipe: {what} was {before.get(name)!r}, "
-                        f"now {now.get(name)!r}; choose another OUT, or set it back"
-                    )
+            if found := first_difference(getattr(old, section), getattr(info, section)):
+                name, was, now = found
+                what = name if section == "identity" else f"the {name} (its content's fingerprint)"
+                raise UserError(
+                    f"{self.store}: already holds shards made with another recipe: {what} was {was!r}, "
+                    f"now {now!r}; choose another OUT, or set it back"
+                )
 
     def damage(self, shard: int, run: str, *, content: bool = True) -> str | None:
         """Why a shard is not done, or None when it is. Reads every byte of its tars unless ``content`` is False."""

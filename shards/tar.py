@@ -144,7 +144,8 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
     try:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
+            # In a tar without members, Python 3.10 would seek to byte -1.
+            for member in iter(tar.next, None) if tar.firstmember or tar.offset else ():  # type: ignore[attr-defined]
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header of a long tar
                 if not member.isreg():
                     continue

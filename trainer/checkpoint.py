@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 
 from manifests import Store, UserError, load_weights
-from manifests.recipe import as_tree, identity
+from manifests.recipe import as_tree, first_difference, identity
 
 from .recipe import Recipe
 from .student import Student, create_student, weights_of
 
-RUN, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors", "metrics.csv"
+STUDENT_INFO, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors", "metrics.csv"
 
 
 @dataclass
@@ -65,33 +65,32 @@ class StudentDir:
 
     def info(self) -> StudentInfo:
         """Raises UserError when there is no student here."""
-        if not self.store.exists(RUN):
-            raise UserError(f"{self}: no student here (no {RUN}); train one with `make train`")
+        if not self.store.exists(STUDENT_INFO):
+            raise UserError(f"{self}: no student here (no {STUDENT_INFO}); train one with `make train`")
         try:
-            return StudentInfo(**json.loads(self.store.read(RUN)))
+            return StudentInfo(**json.loads(self.store.read(STUDENT_INFO)))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self.store.where(RUN)}: damaged ({error})") from error
+            raise UserError(f"{self.store.where(STUDENT_INFO)}: damaged ({error})") from error
 
     def claim(self, info: StudentInfo) -> None:
         """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here.
 
         A run that has no checkpoint yet has nothing to lose, and is replaced.
         """
-        if self.store.exists(RUN) and self.store.exists(LAST):
+        if self.store.exists(STUDENT_INFO) and self.store.exists(LAST):
             old = self.info()
             if old.classes != info.classes:
                 numbers = f"{len(old.classes)} classes, the shards have {len(info.classes)}"
                 raise UserError(f"{self}: was trained on another class list ({numbers}); choose another --out")
             if old.shards != info.shards:
                 raise UserError(f"{self}: was trained on other shards (fingerprint {old.shards}, now {info.shards}); choose another --out")
-            for name, value in info.identity.items():
-                if old.identity.get(name) != value:
-                    raise UserError(
-                        f"{self}: was trained with another recipe: {name} was {old.identity.get(name)!r}, now {value!r}; "
-                        "choose another --out, or set it back"
-                    )
+            if found := first_difference(old.identity, info.identity):
+                name, was, now = found
+                raise UserError(
+                    f"{self}: was trained with another recipe: {name} was {was!r}, now {now!r}; choose another --out, or set it back"
+                )
         else:
-            self.store.write(RUN, (json.dumps(asdict(info), indent=2) + "\n").encode())
+            self.store.write(STUDENT_INFO, (json.dumps(asdict(info), indent=2) + "\n").encode())
 
     def save_last(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()

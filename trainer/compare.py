@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from manifests import Store, UserError
-from manifests.devices import choose_device, use_bf16
+from manifests.devices import choose_device, must_fit, use_bf16
 from manifests.recipe import fingerprint
 
-from .checkpoint import BEST, RUN, StudentDir
+from .checkpoint import BEST, STUDENT_INFO, StudentDir
 from .evaluate import RESULTS, Score, check_set, evaluate, scores_from_json, scores_to_json, set_tars, sets_below
 from .loop import train
 from .recipe import load
@@ -26,13 +26,14 @@ def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dic
     weights = directory.store.sha256(BEST)
     made_from = fingerprint([weights, found])
     kept = directory.path / RESULTS
-    if kept.exists() and (scores := scores_from_json(kept.read_text(), made_from)) is not None:
+    if kept.exists() and (scores := scores_from_json(kept.read_bytes(), made_from=made_from)) is not None:
         return scores
     where = choose_device(device)
     bf16, threads = use_bf16(info.recipe["precision"], where), info.recipe["workers"]  # as in training
-    model, label = directory.load_student().to(where), directory.path.name
-    scores = evaluate(model, data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label)
-    directory.store.write(RESULTS, scores_to_json(scores, made_from, weights).encode())
+    student, label = directory.load_student(), directory.path.name
+    with must_fit("the student does not fit into memory to be scored; free some, or leave out the GPU with CUDA_VISIBLE_DEVICES="):
+        scores = evaluate(student.to(where), data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label)
+    directory.store.write(RESULTS, scores_to_json(scores, made_from=made_from, weights=weights).encode())
     return scores
 
 
@@ -50,7 +51,7 @@ def find_runs(paths: Sequence[str]) -> list[StudentDir]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; train a student first with `make train`")
-        inside = [path] if (path / RUN).exists() else sorted(p.parent for p in path.rglob(RUN))
+        inside = [path] if (path / STUDENT_INFO).exists() else sorted(p.parent for p in path.rglob(STUDENT_INFO))
         found += [StudentDir(p) for p in inside]
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no students here; train one with `make train`")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -56,6 +57,8 @@ def joined() -> Iterator[None]:
     try:
         yield
         if dist.is_initialized():
+            # Before torch 2.8 (pytorch#154976) this never ends while a thread of gloo still lets go of the last call's tensors.
+            time.sleep(0.1)
             dist.destroy_process_group()
         watch.leave()
     except (Exception, KeyboardInterrupt) as error:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from .distributed import rank, sum_over_ranks, world
 
 RESULTS = "eval.json"
 CLASSES = "classes.json"  # class names in label order, beside the image sets
+BATCH = 250  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def _stored(folder: Path, classes: int, part: int, parts: int) -> Iterator[tuple
 
 
 def score_set(
-    model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, threads: int = 1, batch: int = 250
+    model: nn.Module, folder: Path, classes: int, side: int, device: torch.device, *, bf16: bool, threads: int = 1, batch: int = BATCH
 ) -> Score:
     """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back.
 
@@ -175,16 +176,16 @@ def evaluate(
     return scores
 
 
-def scores_to_json(scores: dict[str, Score], made_from: str, weights: str) -> str:
+def scores_to_json(scores: Mapping[str, Score], *, made_from: str, weights: str) -> str:
     """``made_from``: fingerprint of the weights and the sets that were scored; ``weights``: sha256 of the weights alone."""
     tree = {"made_from": made_from, "weights": weights, "scores": {name: asdict(score) for name, score in scores.items()}}
     return json.dumps(tree, indent=2) + "\n"
 
 
-def scores_from_json(text: str, made_from: str) -> dict[str, Score] | None:
-    """The scores, or None when they are of other weights or sets, or unreadable: then they are measured again."""
+def scores_from_json(text: bytes, **expected: str) -> dict[str, Score] | None:
+    """The scores, or None when they are of another ``made_from`` or ``weights`` than expected, or unreadable: they are measured again."""
     try:
         tree = json.loads(text)
-        return {name: Score(**score) for name, score in tree["scores"].items()} if tree["made_from"] == made_from else None
+        return {name: Score(**score) for name, score in tree["scores"].items()} if expected.items() <= tree.items() else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

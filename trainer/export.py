@@ -14,7 +14,7 @@ from torch import nn
 from manifests import Store, UserError
 
 from .checkpoint import BEST, StudentDir, StudentInfo
-from .evaluate import RESULTS, Score
+from .evaluate import RESULTS, Score, scores_from_json
 from .student import Student, fixed_size, weights_of
 
 CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"  # the names that the hub expects
@@ -91,12 +91,7 @@ def read_scores(run: StudentDir) -> dict[str, Score]:
     """What ``make eval`` measured on these very weights; empty when it has not."""
     if not run.store.exists(RESULTS):
         return {}
-    try:
-        tree = json.loads(run.store.read(RESULTS))
-        scores = {name: Score(**score) for name, score in tree["scores"].items()}
-        return scores if tree.get("weights") == run.store.sha256(BEST) else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.store.where(RESULTS)}: damaged ({error}); delete it and run `make eval` again") from error
+    return scores_from_json(run.store.read(RESULTS), weights=run.store.sha256(BEST)) or {}
 
 
 def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> str:

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import click
 
+from manifests.devices import must_fit
 from manifests.progress import progress
 from shards import Batch
 
 from . import distributed
 from .augmentation import Augment
 from .checkpoint import BEST, METRICS, Progress, StudentDir
-from .evaluate import score_set
+from .evaluate import BATCH, score_set
 from .interrupt import told_to_stop
 from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
@@ -36,7 +37,8 @@ def train(recipe: Recipe, out: str) -> StudentDir:
 
     Raises UserError for an unknown student, shards that are missing or damaged, or a directory that holds another run.
     """
-    run = prepare(recipe, out)
+    with must_fit("the student does not fit into memory; free some, or choose a smaller one"):
+        run = prepare(recipe, out)
     quiet = not distributed.is_first()
     if run.at.epoch < recipe.epochs:
         if not quiet:
@@ -113,7 +115,16 @@ def end_epoch(run: Training, log: Log) -> None:
     if recipe.validation is not None:
         distributed.share_buffers(run.result)
         started, classes = time.monotonic(), len(run.reader.classes)
-        score = score_set(run.result, Path(recipe.validation), classes, run.side, run.device, bf16=run.bf16, threads=recipe.workers)
+        score = score_set(
+            run.result,
+            Path(recipe.validation),
+            classes,
+            run.side,
+            run.device,
+            bf16=run.bf16,
+            threads=recipe.workers,
+            batch=max(1, min(BATCH, recipe.batch // recipe.accumulate // distributed.world())),  # no more than a training step holds
+        )
         at.validated += time.monotonic() - started
         row["val_top1"] = score.top1
         better = score.top1 >= at.best

@@ -111,5 +111,5 @@ def to_csv(rows: list[dict[str, float]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    writer.writerows({name: str(value) if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()} for row in rows)
     return text.getvalue()

@@ -70,7 +70,7 @@ class Optimizer:
     warmup: Annotated[float, Field(ge=0)] = 0.5
     """Epochs of linear warm-up."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
-    """Largest gradient norm; None: no clipping."""
+    """Largest gradient norm; None: no clipping, but for lamb's own, in timm, at 1."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Each layer's learning rate is this times that of the layer above it (fine-tuning); None: one rate for all."""
 
@@ -125,7 +125,7 @@ class Recipe:
     device: Annotated[str, Execution] = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
     workers: Annotated[int, Field(ge=0), Execution] = 0
-    """Loader processes. 0: read in the training process."""
+    """Loader processes of each training process, of which there is one per GPU. 0: read in the training process."""
     threads: Annotated[int | None, Field(ge=1), Execution] = None
     """CPU threads of the model. None: all cores."""
     checkpoint_minutes: Annotated[float, Field(ge=0), Execution] = 1.0

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .evaluate import Score
@@ -131,7 +131,7 @@ def to_json(results: Sequence[Result]) -> str:
             "student": r.student,
             "objective": r.objective,
             "seed": r.seed,
-            "scores": {name: {"right": s.right, "images": s.images} for name, s in r.scores.items()},
+            "scores": {name: asdict(score) for name, score in r.scores.items()},
         }
         for r in results
     ]

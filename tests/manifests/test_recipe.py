@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field
 
 from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
-from manifests.recipe import apply_overrides, as_tree, fingerprint, flatten, identity, make_recipe, nearest
+from manifests.recipe import apply_overrides, as_tree, fingerprint, first_difference, flatten, identity, make_recipe, nearest
 
 
 @recipe_dataclass
@@ -146,6 +146,22 @@ def test_identity_leaves_out_where_and_how() -> None:
     assert identity(car) != identity(Car(wheels=5, engine=Engine(file="x"), data="there", threads=3))
     spare = Car(wheels=4, spare=Engine(file="x"))
     assert "spare.power" in identity(spare) and "spare.file" not in identity(spare)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, None),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ("b", 2, 3)),
+        ({"a": 1, "gone": 2}, {"a": 1}, ("gone", 2, None)),
+        ({"a": 1}, {"new": 2, "a": 1}, ("new", None, 2)),
+        ({"gone": 1, "a": 1}, {"new": 1, "a": 2}, ("gone", 1, None)),
+    ],
+)
+def test_first_difference_is_looked_for_on_both_sides(
+    old: dict[str, int], new: dict[str, int], found: tuple[str, int | None, int | None] | None
+) -> None:
+    assert first_difference(old, new) == found
 
 
 def test_identity_of_the_real_recipe() -> None:

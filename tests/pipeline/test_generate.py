@@ -170,15 +170,15 @@ def test_a_shard_made_anew_after_sealing(world, run_copy: Path) -> None:  # type
 def test_other_versions(world, run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     """A run that goes on with another torch: a note, once, and both in run.json and on the card. Where nothing is made, nothing changes."""
     run, now = RunDir(run_copy), RunDir(run_copy).info().versions
-    run.write_info(replace(run.info(), versions=now | {"torch": "2.6.0", "pillow": "10.3.0"}))
+    run.write_info(replace(run.info(), versions=now | {"torch": "2.5.1", "pillow": "10.2.0"}))
     make_shards(world.load(), str(run_copy))
-    assert run.info().versions == now | {"torch": "2.6.0", "pillow": "10.3.0"} and "began with" not in capsys.readouterr().err
-    both = {"torch": f"2.6.0 and {now['torch']}", "pillow": f"10.3.0 and {now['pillow']}"}
+    assert run.info().versions == now | {"torch": "2.5.1", "pillow": "10.2.0"} and "began with" not in capsys.readouterr().err
+    both = {"torch": f"2.5.1 and {now['torch']}", "pillow": f"10.2.0 and {now['pillow']}"}
     for notes in (1, 0):
         run.withdraw(1)
         make_shards(world.load(), str(run_copy))
         assert run.info().versions == now | both and f"torch {both['torch']}" in (run_copy / "README.md").read_text()
-        assert capsys.readouterr().err.count(f"began with torch 2.6.0, now {now['torch']}, pillow 10.3.0, now {now['pillow']}: ") == notes
+        assert capsys.readouterr().err.count(f"began with torch 2.5.1, now {now['torch']}, pillow 10.2.0, now {now['pillow']}: ") == notes
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60) -> None:

@@ -17,6 +17,12 @@ from trainer.step import Losses, train_step
 from .test_loop import assert_equal_runs, recipe
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> None:
+    """Also where the tests run in the background, which ignores SIGINT. The suite puts handlers back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_nothing_is_lost(number: int, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """The signal comes within step 4 of 6, long before a checkpoint is due; the same command ends in the weights of an untroubled run."""

@@ -94,7 +94,7 @@ def test_no_scheme_reads_what_another_has_read(tiny_run: Path, monkeypatch: pyte
 @pytest.mark.parametrize("models", ["run", "random"])
 def test_the_whole_ledger_on_small_models(finished_run: Path, models: str) -> None:
     """Every scheme trains on a real run, with the models that made it, or with untrained ones of full size."""
-    options = ["--shards", str(finished_run), "--student", "test_resnet", "--steps", "1", "--repeats", "1"]
+    options = ["--recipe", "demo", "--shards", str(finished_run), "--student", "test_resnet", "--steps", "1", "--repeats", "1"]
     settings = ["batch=10", "threads=1", "device=cpu", "precision=fp32"]
     if models == "random":
         options += ["--random", "test_vit"]
@@ -107,18 +107,18 @@ def test_the_whole_ledger_on_small_models(finished_run: Path, models: str) -> No
 
 
 def test_too_few_batches_are_a_user_error(finished_run: Path) -> None:
-    options = ["--shards", str(finished_run), "--student", "test_resnet", "--steps", "50", "--set", "batch=10"]
+    options = ["--recipe", "demo", "--shards", str(finished_run), "--student", "test_resnet", "--steps", "50", "--set", "batch=10"]
     result = CliRunner().invoke(main, options)
     assert result.exit_code == 2 and "batches, a measurement takes 51; lower batch or --steps" in result.output
 
 
 def test_an_unknown_teacher_is_a_user_error(finished_run: Path) -> None:
-    result = CliRunner().invoke(main, ["--shards", str(finished_run), "--random", "vit_large_patch14_clip_225"])
+    result = CliRunner().invoke(main, ["--recipe", "demo", "--shards", str(finished_run), "--random", "vit_large_patch14_clip_225"])
     assert result.exit_code == 2 and "did you mean 'vit_large_patch14_clip_224'" in result.output
 
 
 def test_parts_too_small_for_fast_advprop_are_a_user_error(finished_run: Path) -> None:
-    options = ["--shards", str(finished_run), "--student", "test_resnet", "--set", "batch=20", "--set", "accumulate=4"]
+    options = ["--recipe", "demo", "--shards", str(finished_run), "--student", "test_resnet", "--set", "batch=20", "--set", "accumulate=4"]
     result = CliRunner().invoke(main, options)
     assert result.exit_code == 2 and "batch: 20 in 4 parts; " in result.output and "set it to 40 or more" in result.output
 

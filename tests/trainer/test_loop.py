@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,9 +24,9 @@ from manifests import RunDir, UserError
 from manifests.progress import progress
 from shards import Batch, TrainingReader
 from trainer import loop
-from trainer.checkpoint import BEST, LAST, StudentDir
+from trainer.checkpoint import BEST, LAST, STUDENT_INFO, StudentDir
 from trainer.loop import end_epoch, train, train_epoch
-from trainer.metrics import Log, Meter
+from trainer.metrics import Log, Meter, to_csv
 from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
 from trainer.run import prepare
@@ -178,6 +179,12 @@ def test_another_recipe_or_class_list_is_refused(tiny_run: Path, tmp_path: Path)
     train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
     with pytest.raises(UserError, match=r"loss\.temperature was 4\.0, now 2\.0"):
         train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(tmp_path / "student"))
+    kept = tmp_path / "student" / STUDENT_INFO
+    with_more = json.loads(kept.read_text())
+    with_more["identity"]["loss.margin"] = 0.1  # as a later version may have
+    kept.write_text(json.dumps(with_more))
+    with pytest.raises(UserError, match=r"loss\.margin was 0\.1, now None"):
+        train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
     other = write_run(tmp_path / "other", classes=7)
     with pytest.raises(UserError, match="another class list"):
         train(recipe(other, "epochs=1"), str(tmp_path / "student"))
@@ -297,6 +304,10 @@ def test_a_run_says_what_it_cost(tiny_run: Path, tmp_path: Path, capsys: pytest.
     assert "8 clean + 5.5 dad images a step, 1.69 times those of plain training" in told
     assert "what it cost: 162 images, 1.69 times those of plain training" in told and "images/s" in told
     assert (tmp_path / "student" / "metrics.csv").read_text().splitlines()[-1].split(",")[-2] == "162"
+
+
+def test_counts_are_written_in_full() -> None:
+    assert to_csv([{"epoch": 0, "loss": 1 / 3, "images": 1281167}]) == "epoch,loss,images\n0,0.333333,1281167\n"
 
 
 def test_more_parts_than_samples_are_refused(tiny_run: Path, tmp_path: Path) -> None:

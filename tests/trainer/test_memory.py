@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ import torch
 from manifests import UserError
 from shards import TrainingReader
 from trainer.memory import memory_errors
+
+from .conftest import write_image_set
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def die(_images: torch.Tensor, _generator: torch.Generator) -> torch.Tensor:
@@ -28,6 +34,57 @@ def test_a_killed_loader_worker_is_a_user_error(tiny_run: Path) -> None:
 def test_a_tensor_that_does_not_fit_is_a_user_error() -> None:
     with pytest.raises(UserError, match="does not fit into memory; raise accumulate, or lower batch"), memory_errors():
         torch.empty(1 << 60, dtype=torch.uint8)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from trainer import compare, loop
+from trainer.checkpoint import StudentDir
+from trainer.recipe import load
+
+def leave(mib):
+    used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + mib * 2**20,) * 2)
+
+run, data, out, *settings = sys.argv[1:]
+recipe = load("demo", [f"shards={run}", "epochs=1", "batch=8", "validation=null", "precision=fp32", "threads=1", *settings])
+"""
+
+
+def run_out_of_memory(program: str, *arguments: object) -> str:
+    """The last line that a program says of which memory is withheld."""
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED + program, *map(str, arguments)],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_a_student_that_does_not_fit_is_a_user_error(tiny_run: Path, tmp_path: Path) -> None:
+    """230 MiB of weights are made; their average, as much again, no longer fits."""
+    said = run_out_of_memory("leave(350); loop.train(recipe, out)", tiny_run, "-", tmp_path / "student", "student=resnet152", "ema=0.9")
+    assert said.startswith("manifests.errors.UserError: the student does not fit into memory; free some, or choose a smaller one ("), said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_a_student_that_cannot_be_scored_for_memory_is_a_user_error(tiny_run: Path, tmp_path: Path) -> None:
+    """250 images of 256 x 256 pixels take 190 MiB as numbers, and seven times that on their way through the student.
+
+    Training, whose batches are of 8, validates on the same images with as little memory.
+    """
+    data = tmp_path / "data"
+    settings = ["student=test_resnet", "input=256", f"validation={write_image_set(data / 'val', images=250)}"]
+    program = "leave(800); loop.train(recipe, out); compare.evaluate_run(StudentDir(out), Path(data))"
+    said = run_out_of_memory(program, tiny_run, data, tmp_path / "student", *settings)
+    assert said.startswith("manifests.errors.UserError: the student does not fit into memory to be scored; free some"), said
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -37,9 +37,10 @@ def test_top1_counts_and_binomial_error(tmp_path: Path) -> None:
     score = score_set(Constant(), folder, CLASSES, SIDE, torch.device("cpu"), bf16=False, batch=7)
     assert (score.right, score.images) == (5, 23)
     assert score.error == pytest.approx(100 * math.sqrt(5 / 23 * 18 / 23 / 23))
-    assert scores_from_json(scores_to_json({"set": score}, "a", "weights"), "a") == {"set": score}
-    assert scores_from_json(scores_to_json({"set": score}, "a", "weights"), "b") is None  # of other weights or sets
-    assert scores_from_json("torn", "a") is None
+    kept = scores_to_json({"set": score}, made_from="a", weights="w").encode()
+    assert scores_from_json(kept, made_from="a") == scores_from_json(kept, weights="w") == {"set": score}
+    assert scores_from_json(kept, made_from="b") is None  # of other weights or sets
+    assert scores_from_json(b"torn", made_from="a") is None
 
 
 def test_mean_and_standard_error_between_seeds() -> None:
