@@ -13,14 +13,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from trainer import loop
 from trainer.checkpoint import LAST, METRICS, StudentDir
 from trainer.evaluate import score_set
+from trainer.loop import train
 from trainer.recipe import load
 from trainer.run import open_reader
+from trainer.step import Losses, train_step
 
 from .conftest import CLASSES, SIDE, write_image_set, write_run
 
@@ -89,12 +93,13 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_does(tiny_run: Path, tmp_path: Path, ranks: Ranks, alone: dict[str, str]) -> None:
+@pytest.mark.parametrize("how", [[], ["forward=separate", "accumulate=2"]])
+def test_two_ranks_learn_what_one_does(tiny_run: Path, tmp_path: Path, ranks: Ranks, alone: dict[str, str], how: list[str]) -> None:
     """The same global batch on one and on two ranks: the same losses up to rounding, slices of unequal size included; and the accuracy
     is that of all 21 images, counted exactly."""
     validation = write_image_set(tmp_path / "val", 21)
     # A student without batch norm, whose statistics would be those of a slice; a rate at which rounding errors do not multiply.
-    settings = ["student=test_convnext", f"validation={validation}", "batch=7", "optimizer.name=sgd", "optimizer.lr=0.01", "ema=0.5"]
+    settings = ["student=test_convnext", f"validation={validation}", "batch=7", "optimizer.name=sgd", "optimizer.lr=0.01", "ema=0.5", *how]
     done = subprocess.run([sys.executable, *command(tiny_run, tmp_path / "1", *settings)], cwd=PROJECT, env=alone, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert told(ranks(2, *command(tiny_run, tmp_path / "2", *settings, "workers=1"))) == ([0, 0], [])
@@ -106,6 +111,32 @@ def test_two_ranks_learn_what_one_does(tiny_run: Path, tmp_path: Path, ranks: Ra
     score = score_set(student, validation, CLASSES, SIDE, torch.device("cpu"), bf16=False)
     assert score.images == 21 and max(row["val_top1"] for row in two) == pytest.approx(score.top1, rel=1e-5)
     assert [path.name for path in (tmp_path / "2").iterdir() if path.suffix == ".tmp"] == []
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_another_number_of_ranks(tiny_run: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of its first epoch on one rank, gone on with on two: the weights of a run on one, up to rounding."""
+    base = [f"shards={tiny_run}", "student=test_convnext", "validation=null", "precision=fp32", "threads=1", "device=cpu"]
+    settings = ["epochs=2", "batch=7", "optimizer.name=sgd", "optimizer.lr=0.01", "checkpoint_minutes=0"]
+    recipe = load("demo", [*base, *settings])
+    train(recipe, str(tmp_path / "whole"))
+    steps = iter(range(4))
+
+    def stop(*given: Any, **named: Any) -> Losses:
+        if next(steps, None) is None:
+            raise InterruptedError
+        return train_step(*given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(loop, "train_step", stop)
+        train(recipe, str(tmp_path / "moved"))
+    stopped = StudentDir(tmp_path / "moved").load_last()
+    assert stopped is not None and (stopped["progress"]["epoch"], stopped["progress"]["step"]) == (0, 4)
+    assert told(ranks(2, *command(tiny_run, tmp_path / "moved", *base, *settings))) == ([0, 0], [])
+    whole, moved = (StudentDir(tmp_path / name).load_last() for name in ("whole", "moved"))
+    assert whole is not None and moved is not None and whole["progress"]["images"] == moved["progress"]["images"]
+    ended, other, before = (torch.cat([value.flatten() for value in state["student"].values()]) for state in (whole, moved, stopped))
+    assert (ended - other).norm() < 1e-4 * (ended - before).norm()  # which is what it has learned since it was moved
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from manifests.progress import progress
 from shards import Batch, TrainingReader
 from trainer import loop
 from trainer.checkpoint import BEST, LAST, STUDENT_INFO, StudentDir
+from trainer.evaluate import score_set
 from trainer.loop import end_epoch, train, train_epoch
 from trainer.metrics import Log, Meter, to_csv
 from trainer.objectives import student_loss
@@ -33,7 +34,7 @@ from trainer.run import prepare
 from trainer.step import Losses, train_step
 from trainer.student import create_student
 
-from .conftest import CLASSES, PER_SHARD, SIDE, write_image_set, write_run
+from .conftest import CLASSES, PER_SHARD, SHARDS, SIDE, write_image_set, write_run
 
 STUDENT = "test_resnet"  # timm's smallest
 PROJECT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,8 @@ def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
     assert len(rows) == 13
     first, last = (float(rows[i].split(",")[1]) for i in (1, -1))
     assert last < 0.5 * first
-    assert run.load_student() is not None
+    score = score_set(run.load_student(), tiny_run / "clean", CLASSES, SIDE, torch.device("cpu"), bf16=False)
+    assert score.images == SHARDS * PER_SHARD and score.top1 > 90
 
 
 def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
