@@ -88,8 +88,7 @@ def decode_table(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.
     Raises UserError naming ``where`` when it is damaged or foreign.
     """
     try:
-        # Of bytes, not of a file of Python's: Arrow's threads hold that a little longer, and abort a process that ends meanwhile.
-        table = pq.ParquetFile(pa.BufferReader(data)).read(list(columns))
+        table = pq.ParquetFile(_copy(data)).read(list(columns))
         meta = json.loads((table.schema.metadata or {})[_META])
         if not isinstance(meta, dict):
             raise ValueError("its metadata are no mapping")
@@ -124,3 +123,10 @@ def decode_part(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.n
     if record.samples != table.num_rows:
         raise UserError(f"{where}: says {record.samples} samples and holds {table.num_rows}")
     return table, record
+
+
+def _copy(data: bytes) -> pa.Buffer:
+    """In Arrow's own memory. What is Python's, Arrow's threads hold a little longer, and a process that ends meanwhile is aborted."""
+    sink = pa.BufferOutputStream()
+    sink.write(data)
+    return sink.getvalue()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from manifests import RunDir, Unwritable, UserError
+from manifests import RunDir, Unreachable, UserError
 from manifests.rows import TarRecord
 from manifests.rundir import RUN
 
@@ -188,7 +188,7 @@ class ShardDataset:
         """Bytes of the stream's tars by one listing; empty where the store may be read but not listed."""
         try:
             return {f"{self.stream}/{name}": size for name, size in self.run.store.sizes(self.stream).items()}
-        except Unwritable:
+        except Unreachable:
             return {}
 
     def _tar(self, shard: int) -> TarRecord:

@@ -64,7 +64,7 @@ class ParquetPiece:
             begin += rows
         number = begins[0] if begins else 0
         try:
-            for batch in file.iter_batches(ROWS, row_groups=groups, columns=names):
+            for batch in file.iter_batches(ROWS, row_groups=groups, columns=names, use_threads=False):
                 for row in batch.to_pylist():
                     if number >= self.start:
                         yield number, row
