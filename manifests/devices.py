@@ -43,9 +43,9 @@ def repeatable() -> None:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What torch says, in one line, when memory has run out on a GPU or the CPU; None for any other error."""
-    what = str(error).partition("\n")[0][:160]
-    full = isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in what)
+    """What is said, in one line, when memory has run out on a GPU or the CPU; None for any other error."""
+    what = str(error).partition("\n")[0][:160] or type(error).__name__  # Python's own MemoryError says nothing
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in what)
     return what if full else None
 
 
@@ -54,7 +54,7 @@ def must_fit(advice: str) -> Iterator[None]:
     """Turns memory that runs out inside the block into a UserError that begins with ``advice``."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if what := out_of_memory(error):
             raise UserError(f"{advice} ({what})") from error
         raise

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,11 @@ def test_a_killed_loader_worker_is_a_user_error(tiny_run: Path) -> None:
         list(batches)
 
 
-def test_a_tensor_that_does_not_fit_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="does not fit into memory; raise accumulate, or lower batch"), memory_errors():
-        torch.empty(1 << 60, dtype=torch.uint8)
+@pytest.mark.parametrize("take", [lambda size: torch.empty(size, dtype=torch.uint8), bytearray])
+def test_what_does_not_fit_is_a_user_error(take: Callable[[int], object]) -> None:
+    """A tensor, and an object of Python's."""
+    with pytest.raises(UserError, match=r"does not fit into memory; raise accumulate, or lower batch \(.+\)"), memory_errors():
+        take(1 << 60)
 
 
 LIMITED = """
@@ -67,13 +70,17 @@ def run_out_of_memory(program: str, *arguments: object) -> str:
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_a_student_that_does_not_fit_is_a_user_error(tiny_run: Path, tmp_path: Path) -> None:
-    """230 MiB of weights are made; their average, as much again, no longer fits."""
-    said = run_out_of_memory("leave(350); loop.train(recipe, out)", tiny_run, "-", tmp_path / "student", "student=resnet152", "ema=0.9")
+    """485 MiB of weights are made; their average, as much again, no longer fits."""
+    said = run_out_of_memory(
+        "leave(750); loop.train(recipe, out)", tiny_run, "-", tmp_path / "student", "student=wide_resnet101_2", "ema=0.9"
+    )
     assert said.startswith("manifests.errors.UserError: the student does not fit into memory; free some, or choose a smaller one ("), said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_a_student_that_cannot_be_scored_for_memory_is_a_user_error(tiny_run: Path, tmp_path: Path) -> None:
     """250 images of 256 x 256 pixels take 190 MiB as numbers, and seven times that on their way through the student.
