@@ -82,7 +82,8 @@ class Store:
         if not self.is_local:
             return self._ask(name, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
         path = self._full(name)
-        found = Path(path).stat()  # a file that was replaced is opened anew
+        # A file that was replaced is opened anew. By a Path, asking would take three times as long.
+        found = os.stat(path)  # noqa: PTH116
         file = _descriptor(
             path, os.getpid(), found.st_ino, found.st_mtime_ns
         )  # held: another thread may crowd it out, which would close it

@@ -210,7 +210,7 @@ class _EpochBatches(Dataset[Any]):
     def _half(self, stream: str, step: int) -> Half:
         reader, dataset = self.reader, self.reader.datasets[stream]
         keys, labels, logits = [], [], []
-        images = torch.empty(0)
+        images, room = torch.empty(0), np.empty((0, 0, 0, 0), np.uint8)
         indices = reader.indices(stream, self.epoch, step).tolist()
         for place, index in enumerate(indices):
             sample = dataset.read(index)
@@ -224,9 +224,10 @@ class _EpochBatches(Dataset[Any]):
                 pixels = image[0].permute(1, 2, 0).numpy()
             if place == 0:
                 images = _empty_batch(len(indices), *pixels.shape)
-            if pixels.shape != images.shape[1:]:
-                raise UserError(f"{sample.where}: image of {pixels.shape[1]} x {pixels.shape[0]} pixels among others of {images.shape[2]}")
-            images.numpy()[place] = pixels
+                room = images.numpy()
+            if pixels.shape != room.shape[1:]:
+                raise UserError(f"{sample.where}: image of {pixels.shape[1]} x {pixels.shape[0]} pixels among others of {room.shape[2]}")
+            room[place] = pixels
             keys.append(sample.key)
             labels.append(sample.label)
             logits.append(soft)
