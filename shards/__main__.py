@@ -16,10 +16,10 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--images", default=6000, show_default=True, type=click.IntRange(min=128))
+@click.option("--images", default=3000, show_default=True, type=click.IntRange(min=128))
 @click.option("--shards", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--workers", default="0,1,2", show_default=True, metavar="N,N,…", help="Numbers of loader workers to try.")
-@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Measurements of each, in turn; the best counts.")
+@click.option("--repeats", default=8, show_default=True, type=click.IntRange(min=1), help="Measurements of each, in turn; the best counts.")
 @click.option(
     "--samples",
     default=1_281_167,
