@@ -82,8 +82,8 @@ export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugg
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
 	@$(RUN) -m trainer export $(RUN_DIR) $(or $(EXPORT),$(RUN_DIR)/export) $(ARGS)
 
-test: $(VENV)/ready ## the test suite
-	@$(RUN) -m pytest $(ARGS)
+test: $(VENV)/ready ## the test suite, in up to four processes
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 chaos: $(VENV)/ready ## kill stage 1 N times at random moments, fill its disk, set its clock back; compare the bytes (N SEED)
 	@$(RUN) -m tests.chaos --kills $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)

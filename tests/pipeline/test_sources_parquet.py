@@ -109,7 +109,8 @@ def test_imagenet_as_the_hub_names_it() -> None:
     """WordNet's synonyms beside open_clip's curated names (700 of them equal the first synonym): one order, so the numbers hold."""
     from timm.data import ImageNetInfo
 
-    synonyms = [ImageNetInfo("imagenet-1k").index_to_description(n) for n in range(1000)]
+    known = ImageNetInfo("imagenet-1k")
+    synonyms = [known.index_to_description(n) for n in range(1000)]
     for names in (synonyms, [name.split(",")[0] for name in synonyms]):
         features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
         schema = pa.schema([("label", pa.int64())], metadata={"huggingface": json.dumps(features)})
