@@ -26,6 +26,7 @@ from trainer.recipe import load
 from trainer.run import open_reader
 from trainer.step import Losses, train_step
 
+from ..chaos.slurm_cluster import slurm, why_not
 from .conftest import CLASSES, SIDE, write_image_set, write_run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -267,6 +268,20 @@ def test_a_rank_that_waits_for_the_others_can_be_ended(
     finally:
         waiting.kill()
     assert waiting.returncode == 130 and said.startswith("\ninterrupted; "), said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_two_nodes_under_srun(tiny_run: Path, tmp_path: Path, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real Slurm of two nodes on this machine: one process of the job on each, one student."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # the nodes' names are known to this Slurm alone
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    with slurm(tmp_path):
+        job = ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", f"--chdir={PROJECT}", sys.executable]
+        done = subprocess.run([*job, *command(tiny_run, tmp_path / "student")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("student: done") == 1 and len(metrics(tmp_path / "student")) == 2
 
 
 def test_a_user_error_is_told_once(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
