@@ -6,11 +6,12 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch  # else where it is needed: a command line that reads no weights need not wait for it
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts keep the weights in a checkpoint
 PROJECT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
     Raises UserError for a file that is neither, or that holds pickled code.
     """
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -58,6 +62,8 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor], header: bytes = b"") -> str:
     """sha256 (hex) over ``header``, then the name and the bytes of every tensor in the order of their names."""
+    import torch
+
     digest = hashlib.sha256(header)
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
