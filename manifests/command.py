@@ -19,6 +19,7 @@ import yaml
 from .errors import UserError
 from .recipe import as_tree
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that ask for an end; SIGUSR1: Slurm's warning with `--signal=B:USR1`
 USER_ERROR = 2
 INTERRUPTED = 130
 FAREWELL = "\ninterrupted; what was finished is kept, and the same command goes on from there"
@@ -48,7 +49,7 @@ class ProjectGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug", False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # SIGUSR1: Slurm's warning with `--signal=B:USR1`
+        for number in SIGNALS:
             signal.signal(number, _leave)
         try:
             return super().invoke(ctx)

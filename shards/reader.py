@@ -107,6 +107,11 @@ class TrainingReader:
         return next(iter(self.datasets.values())).info
 
     @property
+    def canvas(self) -> int:
+        """Side of the stored images, in pixels."""
+        return next(iter(self.datasets.values())).side
+
+    @property
     def views(self) -> int:
         """Views of an image that have soft labels of their own. 1: the whole image, as stored."""
         for dataset in self.datasets.values():
@@ -170,7 +175,7 @@ class TrainingReader:
 
     def read_ahead(self, workers: int) -> int:
         """Batches that the loader keeps ready: four a worker, or fewer where these would fill the memory; at least one a worker."""
-        side = self.side or next(iter(self.datasets.values())).side
+        side = self.side or self.canvas
         batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
 

@@ -26,6 +26,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from manifests.command import SIGNALS
+
 from .chaos.faulty_store import FaultyProxy, faulty_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +70,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _keep_signals() -> Iterator[None]:
     """The command line installs handlers of signals; a test must not leave them behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from manifests.command import ProjectGroup, add_recipe_command, as_overrides, recipe_option_of, set_option
+from manifests.command import ProjectGroup, add_recipe_command, as_overrides, set_option
 
-from .recipe import DEMO, FOLDER, choose, load
+from .options import choice_options, chosen
+from .recipe import DEMO, load
 
 
 @click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,17 +22,13 @@ def main() -> None:
     """
 
 
-recipe_option = recipe_option_of(FOLDER, None, "the demo's for its shards, else that of the student")
-student_option = click.option("--student", metavar="NAME", help="Any timm model, or one of the recipes.")
 data_option = click.option(
     "--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path), help="Folder of evaluation sets."
 )
 
 
 @main.command()
-@recipe_option
-@student_option
-@click.option("--shards", metavar="DIR", help="The run directory to learn from; short for --set shards=DIR.")
+@choice_options
 @click.option("--objective", type=click.Choice(["plain", "kd", "dad"]), help="Short for --set loss.objective=….")
 @click.option("--seed", type=int, help="Short for --set seed=….")
 @click.option("--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED, or RECIPE-…]")
@@ -49,9 +46,8 @@ def train(
     from .distributed import joined  # not at the top: --help need not wait for torch.distributed and timm
 
     with joined():
-        recipe, model = choose(recipe, student, shards)
-        named = {"student": model, "shards": shards, "loss.objective": objective, "seed": seed}
-        settings = load(recipe, [*as_overrides(named), *overrides])
+        recipe, named = chosen(recipe, student, shards)
+        settings = load(recipe, [*named, *as_overrides({"loss.objective": objective, "seed": seed}), *overrides])
         from .loop import train as run
 
         name = student or (settings.student if recipe == DEMO else Path(recipe).stem)
@@ -83,21 +79,19 @@ def export_student(run: str, out: str, onnx: bool) -> None:
 
 
 @main.command("demo-table")
-@recipe_option
+@choice_options
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @data_option
-@student_option
-@click.option("--shards", metavar="DIR", help="The run directory to learn from; short for --set shards=DIR.")
 @click.option("--out", default="runs/demo-table", show_default=True, metavar="DIR")
 @set_option
 def table(
-    recipe: str | None, seeds: int, data: Path, student: str | None, shards: str | None, out: str, overrides: tuple[str, ...]
+    recipe: str | None, student: str | None, shards: str | None, seeds: int, data: Path, out: str, overrides: tuple[str, ...]
 ) -> None:
     """Train plain, KD and DAD students with several seeds and print means ± standard errors. About an hour on two cores."""
     from .compare import demo_table
 
-    recipe, model = choose(recipe, student, shards)
-    demo_table(recipe, seeds, out, data, [*as_overrides({"student": model, "shards": shards}), *overrides])
+    recipe, named = chosen(recipe, student, shards)
+    demo_table(recipe, seeds, out, data, [*named, *overrides])
 
 
 add_recipe_command(main, load)

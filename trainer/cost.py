@@ -7,18 +7,17 @@ import torch
 from torch import nn
 
 from manifests import RunDir, RunInfo, UserError
-from manifests.command import ProjectGroup, as_overrides, recipe_option_of, set_option
+from manifests.command import ProjectGroup, set_option
 from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
 
 from .ledger import IGNORED, Models, measure, table, whole_bursts
-from .recipe import FOLDER, Recipe, choose, load
+from .options import choice_options, chosen
+from .recipe import Recipe, load
 
 
 @click.group(cls=ProjectGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@recipe_option_of(FOLDER, None, "the demo's for its shards, else that of the student")
-@click.option("--student", metavar="NAME", help="Any timm model, or one of the recipes.")
-@click.option("--shards", metavar="DIR", help="The run directory to read from; short for --set shards=DIR.")
+@choice_options
 @click.option("--random", metavar="NAME", help="Instead of the run's models, this timm model as teacher and a VQGAN f8-16384, untrained.")
 @click.option(
     "--steps",
@@ -33,8 +32,8 @@ def main(
     recipe: str | None, student: str | None, shards: str | None, random: str | None, steps: int, repeats: int, overrides: tuple[str, ...]
 ) -> None:
     """Measure every way of training in turn, as ratios to plain training, loading included."""
-    recipe, model = choose(recipe, student, shards)
-    settings = load(recipe, [*as_overrides({"student": model, "shards": shards}), *overrides])
+    recipe, named = chosen(recipe, student, shards)
+    settings = load(recipe, [*named, *overrides])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)

@@ -49,13 +49,19 @@ class Score:
 def check_set(folder: Path, classes: list[str]) -> None:
     """Make sure that there is an image set, of this class list where the folder above it has a classes.json. Raises UserError."""
     set_tars(folder)
+    if classes_of(folder) not in (None, classes):
+        found = folder.parent / CLASSES
+        raise UserError(f"{folder}: is of another class list than the shards ({found}); set another validation set, or validation=null")
+
+
+def classes_of(folder: Path) -> list[str] | None:
+    """Class names of an image set in label order. None: there is no classes.json beside it. Raises UserError for one that is no JSON."""
     found = folder.parent / CLASSES
     try:
-        same = not found.exists() or json.loads(found.read_text()) == classes
+        classes: list[str] | None = json.loads(found.read_text()) if found.exists() else None
     except ValueError as error:
         raise UserError(f"{found}: not a list of class names in JSON ({error}); correct it, or remove it") from error
-    if not same:
-        raise UserError(f"{folder}: is of another class list than the shards ({found}); set another validation set, or validation=null")
+    return classes
 
 
 def set_tars(folder: Path) -> list[Path]:

@@ -118,7 +118,7 @@ def measure(
     """
     readers = {objective: open_reader(recipe, objective) for objective in STREAMS}
     dataset, batches = readers["dad"].datasets["clean"], readers["dad"].steps
-    side = recipe.input or int(dataset.info.recipe["canvas"])
+    side = recipe.input or readers["dad"].canvas
     warmup = 1 + readers["plain"].read_ahead(recipe.workers)  # what the loader has read ahead must be used up, or it would seem free
     if recipe.batch // recipe.accumulate < 10:
         parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""

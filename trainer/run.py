@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
     _check(recipe, reader)
     torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
     info = reader.info
-    side = recipe.input or int(info.recipe["canvas"])
+    side = recipe.input or reader.canvas
     torch.manual_seed(recipe.seed)
     student = create_student(
         recipe.student,

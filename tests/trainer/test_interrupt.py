@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from manifests.command import SIGNALS
 from trainer import loop
 from trainer.checkpoint import LAST, StudentDir
-from trainer.interrupt import SIGNALS, told_to_stop
+from trainer.interrupt import told_to_stop
 from trainer.step import Losses, train_step
 
 from .test_loop import assert_equal_runs, recipe
