@@ -9,11 +9,12 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `load_weights`, `find_file`: tensors from files, never code.
 - `claims`: who is making which shard, on any machine.
 - `cache`: the folder of what can be made or fetched again, and a lock on it.
-- `UserError`: a one-line message for the user, of which `Unwritable` and `Unreachable` are kinds; `command`: how command lines print it.
+- `UserError`: a one-line message for the user, of which `Unwritable` and `Unreachable` are kinds; `one_line`: what a library's exception
+  says, to stand within one; `command`: how command lines print it.
 - `devices`, `progress`: where a model computes, and bars with rate and ETA, the same in both stages.
 """
 
-from .errors import Unreachable, Unwritable, UserError
+from .errors import Unreachable, Unwritable, UserError, one_line
 from .recipe import Execution, Location, load_recipe, recipe_dataclass
 from .rundir import RunDir, RunInfo
 from .store import Store
@@ -21,5 +22,5 @@ from .weights import find_file, load_weights
 
 __all__ = [
     "Execution", "Location", "RunDir", "RunInfo", "Store", "Unreachable", "Unwritable", "UserError", "find_file", "load_recipe",
-    "load_weights", "recipe_dataclass",
+    "load_weights", "one_line", "recipe_dataclass",
 ]  # fmt: skip

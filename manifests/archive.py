@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise whatever its parser stumbles over
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{path}: not a torch archive that can be read without running it ({reason})") from error
     if not tensors:
         raise UserError(f"{path}: holds no tensors")

@@ -43,7 +43,7 @@ class ProjectGroup(click.Group):
             click.echo(error.format_message())
             sys.exit(USER_ERROR)
         except click.UsageError as error:  # in options that come before the command; click itself would take four lines
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(f"error: {_told(error)}", err=True)
             sys.exit(USER_ERROR)
         sys.exit(status if isinstance(status, int) else 0)
 
@@ -59,7 +59,7 @@ class ProjectGroup(click.Group):
                 sys.exit(1)
             if debug:
                 traceback.print_exc()
-            click.echo(f"error: {_one_line(error)}", err=True)
+            click.echo(f"error: {_told(error)}", err=True)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt:
             if debug:
@@ -68,7 +68,7 @@ class ProjectGroup(click.Group):
             sys.exit(INTERRUPTED)
 
 
-def _one_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "the command"
         return f"{error.format_message().rstrip('.')}; see {command} --help"

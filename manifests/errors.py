@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to see."""
+"""The exceptions that a user is meant to see, and those of libraries in as many words as fit beside them."""
 
 
 class UserError(Exception):
@@ -14,3 +14,8 @@ class Unreachable(UserError):
 
 class Unwritable(UserError):
     """A place that cannot be written to: a full disk, no permission, a store out of reach. Trying another shard would not help."""
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """What an exception of a library says, without its line breaks, at most ``limit`` characters: the reason within a UserError."""
+    return " ".join(str(error).split())[:limit]

@@ -20,7 +20,7 @@ import pydantic.dataclasses
 import yaml
 from typing_extensions import dataclass_transform
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 R = TypeVar("R")
 
@@ -49,7 +49,7 @@ def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] 
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a plain YAML file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not a plain YAML file: {one_line(error, 300)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(tree).__name__}")
     return make_recipe(cls, apply_overrides(tree, overrides), str(path))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 Status = Literal["verified", "rejected", "error"]
 
@@ -93,14 +93,14 @@ def decode_table(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.
         if not isinstance(meta, dict):
             raise ValueError("its metadata are no mapping")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{where}: damaged, or not a manifest of this project ({' '.join(str(error).split())[:100]})") from error
+        raise UserError(f"{where}: damaged, or not a manifest of this project ({one_line(error)})") from error
     missing = [name for name in columns if name not in table.schema.names]
     if missing:
         raise UserError(f"{where}: columns missing: {', '.join(missing)}")
     try:
         return table.select(list(columns)).cast(pa.schema([SCHEMA.field(name) for name in columns])), meta
     except pa.ArrowException as error:
-        raise UserError(f"{where}: columns of other types ({' '.join(str(error).split())[:100]})") from error
+        raise UserError(f"{where}: columns of other types ({one_line(error)})") from error
 
 
 def decode_tars(meta: Mapping[str, Any], where: str) -> list[TarRecord]:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pydantic
 
-from .errors import Unreachable, UserError
+from .errors import Unreachable, UserError, one_line
 from .recipe import fingerprint, first_difference
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, decode_tars, encode_part, encode_table
 from .store import Store
@@ -88,7 +88,7 @@ class RunDir:
                 raise UserError(f"{self.store.where(RUN)}: format {tree.get('format')!r}, this version reads format {FORMAT}")
             return pydantic.TypeAdapter(RunInfo).validate_json(data, strict=True)
         except (ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error)
             raise UserError(f"{self.store.where(RUN)}: damaged ({reason}); restore it or make the run anew") from error
 
     def shards_with_parts(self) -> set[int]:

@@ -25,7 +25,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import Unreachable, Unwritable, UserError
+from .errors import Unreachable, Unwritable, UserError, one_line
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
@@ -216,7 +216,7 @@ class Store:
             except Exception as error:  # every client has its own classes for no credentials, no connection, no permission
                 pause = next(pauses)
                 if pause is None or isinstance(error, PermissionError) or getattr(error, "status", None) in FORBIDDEN:
-                    reason = " ".join(str(error).split())[:160] or type(error).__name__
+                    reason = one_line(error) or type(error).__name__
                     raise Unreachable(f"{self.where(name)}: the store refuses or cannot be reached ({reason})") from error
                 time.sleep(pause)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch  # else where it is needed: a command line that reads no weights need not wait for it
@@ -48,7 +48,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             f"`python -m pipeline convert-vqgan {path} OUT.safetensors`, or re-save its state_dict alone"
         ) from error
     except Exception as error:  # torch and safetensors raise whatever their parsers stumble over
-        raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)})") from error
     for name in WRAPPERS:
         if isinstance(tree, dict) and isinstance(tree.get(name), dict):
             tree = tree[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from manifests import UserError, find_file
+from manifests import UserError, find_file, one_line
 from manifests.recipe import fingerprint
 
 IMAGENET = "imagenet-1k"
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, object]:
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not a readable YAML file: {one_line(error, 300)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping with a list `classes`")
     return tree

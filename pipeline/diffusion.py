@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from manifests import UserError, recipe_dataclass
+from manifests import UserError, one_line, recipe_dataclass
 
 
 @recipe_dataclass
@@ -84,6 +84,6 @@ def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage
     try:
         pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(weights, use_safetensors=True, safety_checker=None)
     except Exception as error:  # whatever diffusers or a download raises
-        raise UserError(f"discretizer.weights: cannot load {weights}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"discretizer.weights: cannot load {weights}: {one_line(error, 300)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return ImageToImage(pipeline, config).eval()

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BeforeValidator
 from torch import nn
 
-from manifests import UserError, find_file, load_weights, recipe_dataclass
+from manifests import UserError, find_file, load_weights, one_line, recipe_dataclass
 from manifests.recipe import nearest
 
 RANDOM = "random"
@@ -176,7 +176,7 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
             torch.manual_seed(0)
             vqgan = VQGAN(config)
     except (ValueError, RuntimeError, UnboundLocalError, ZeroDivisionError) as error:
-        raise UserError(f"discretizer.config: no VQGAN has this shape ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"discretizer.config: no VQGAN has this shape ({one_line(error)})") from error
     if weights == RANDOM:
         return vqgan.eval()
     path: Path = find_file(weights, "discretizer.weights")
@@ -184,6 +184,6 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
     try:
         vqgan.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(f"discretizer.weights: {path}: does not fit discretizer.config: {reason}") from error
     return vqgan.eval()

@@ -225,9 +225,9 @@ def _conclude(job: Job) -> None:
     click.echo(f"{job.out}: sealed, {info.samples:,} samples: {count_statuses(counts)}")
     look_at = f"look at {job.out.store.where(GALLERY)}; " if job.out.store.exists(GALLERY) else ""
     click.echo(f"{look_at}check with: python -m pipeline verify {job.out}")
+    table, _ = job.out.manifest(["key", "label", "status", "reason", "clean_pred"], info)
     errors = counts.get("error", 0)
     if errors:
-        table, _ = job.out.manifest()
         first = _first_error(table)
         line = f"{errors} of {info.samples} samples failed, the first {first['key']!r}: {first['reason']}"
         if errors > job.recipe.max_errors * info.samples:
@@ -236,7 +236,6 @@ def _conclude(job: Job) -> None:
                 "The rest is sealed and usable; mend the source, or raise max_errors"
             )
         click.echo(f"note: {line} (status 'error' in {MANIFEST})", err=True)
-    table, _ = job.out.manifest(["label", "clean_pred"])
     judged = table.filter(pc.is_valid(table.column("clean_pred")))
     hits = pc.sum(pc.equal(judged.column("label"), judged.column("clean_pred"))).as_py() or 0
     if near_chance(hits, judged.num_rows, len(info.classes)):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from manifests import RunInfo, UserError, find_file, load_weights
+from manifests import RunInfo, UserError, find_file, load_weights, one_line
 from manifests.archive import is_torchscript, read_tensors
 from manifests.recipe import make_recipe, nearest
 from manifests.weights import files_fingerprint, tensors_sha256
@@ -182,7 +182,7 @@ def _load_open_clip(settings: TeacherSettings) -> tuple[Any, object]:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"teacher.weights: {path}: does not fit {name}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"teacher.weights: {path}: does not fit {name}: {one_line(error)}") from error
     return model, tokenizer
 
 
@@ -212,7 +212,7 @@ def _create(name: str, weights: str | None, *, bpe_path: str | None = None, **op
             return model, None
         return model, open_clip.get_tokenizer(name, **({"bpe_path": bpe_path} if bpe_path else {}))
     except Exception as error:
-        raise UserError(f"teacher: cannot load {name} with weights {weights}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"teacher: cannot load {name} with weights {weights}: {one_line(error, 300)}") from error
     finally:
         logging.getLogger().setLevel(before)
 
@@ -246,7 +246,7 @@ def _timm_teacher(settings: TeacherSettings, classes: ClassList) -> Teacher:
         try:
             model.load_state_dict(load_weights(path))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"teacher.weights: {path}: does not fit {settings.model} with {len(classes.names)} classes: {reason}"
             ) from error
@@ -264,4 +264,4 @@ def _load_timm_pretrained(model: nn.Module, name: str, classes: int) -> None:
     try:
         timm.models.load_pretrained(model, pretrained_cfg=config, num_classes=classes)
     except Exception as error:  # whatever a download raises
-        raise UserError(f"teacher: cannot load timm's weights of {name}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"teacher: cannot load timm's weights of {name}: {one_line(error, 300)}") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from manifests import RunDir, Unwritable, UserError
+from manifests import RunDir, Unwritable, UserError, one_line
 from manifests.claims import Claims, Failure, forget, look, read_failure, record_failure
 from manifests.devices import out_of_memory
 from manifests.rundir import GALLERY
@@ -128,7 +128,7 @@ def _draw_gallery(work: Work, out: RunDir, claims: Claims, classes: ClassList, m
             rows, _ = out.part(SHOWN)
             out.store.write(GALLERY, make_gallery(rows, work.pieces[SHOWN], work.recipe, classes, models))
         except Exception as error:
-            click.echo(f"note: {out.store.where(GALLERY)} could not be drawn: {_one_line(error)}", err=True)
+            click.echo(f"note: {out.store.where(GALLERY)} could not be drawn: {_told(error)}", err=True)
         finally:
             claims.release(SHOWN)
 
@@ -166,11 +166,11 @@ def _reason(error: Exception, batch: int) -> str:
     """In one line; of memory that has run out, what to change."""
     if what := out_of_memory(error):
         return f"batch: {batch} images do not fit into memory; lower batch (which makes another run: choose another OUT) ({what})"
-    return _one_line(error)
+    return _told(error)
 
 
-def _one_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(place.filename).name}:{place.lineno})"
+    return f"{type(error).__name__}: {one_line(error)} ({Path(place.filename).name}:{place.lineno})"

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from manifests.errors import one_line
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")  # no others: PIL's EPS runs Ghostscript
 MAX_PIXELS = 256 << 20  # of a source image; a larger one would need gigabytes to decode
@@ -33,7 +35,7 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
     except UnidentifiedImageError as error:  # whose own text holds an address in memory: two runs would differ
         raise BadImage(f"unreadable image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged") from error
     except Exception as error:  # decoders raise whatever damaged data leads them to
-        raise BadImage(f"unreadable image: {' '.join(str(error).split())[:160]}") from error
+        raise BadImage(f"unreadable image: {one_line(error)}") from error
     width, height = image.size
     if min(width, height) < 2:
         raise BadImage(f"image of {width} x {height} pixels")

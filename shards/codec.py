@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
-from manifests.errors import UserError
+from manifests.errors import UserError, one_line
 from manifests.recipe import recipe_dataclass
 
 EXTENSIONS = ("jpg", "png", "webp")
@@ -54,7 +54,7 @@ def decode_pixels(data: bytes, where: str = "image") -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
             pixels: np.ndarray = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: unreadable image ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{where}: unreadable image ({one_line(error)})") from error
     return pixels
 
 
@@ -96,7 +96,7 @@ def _npy_header(data: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any]
     try:
         return (*_parse_npy_header(data[:start]), start)
     except Exception as error:  # numpy's header parser raises more kinds of error than it documents
-        raise UserError(f"{where}: not a plain .npy array ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{where}: not a plain .npy array ({one_line(error)})") from error
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from manifests import Store, UserError, load_weights
+from manifests import Store, UserError, load_weights, one_line
 from manifests.recipe import as_tree, first_difference, identity
 
 from .recipe import Recipe
@@ -108,7 +108,7 @@ class StudentDir:
                 file.seek(0)
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # zipfile and torch raise whatever their parsers stumble over
-                reason = " ".join(str(error).split())[:120]
+                reason = one_line(error)
                 raise UserError(f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({reason})") from error
         return state
 

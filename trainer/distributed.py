@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from manifests import UserError
+from manifests import UserError, one_line
 from manifests.command import INTERRUPTED, USER_ERROR
 from manifests.devices import choose_device
 
@@ -67,7 +67,7 @@ def joined() -> Iterator[None]:
         missing = watch.roll_call() if broken or interrupted else []
         if watch.speaks_first(str(error)):
             if missing or broken:
-                why = " ".join(str(error).split())[:300]  # NCCL says what is wrong, such as two ranks on one GPU, at the end
+                why = one_line(error, 300)  # NCCL says what is wrong, such as two ranks on one GPU, at the end
                 raise UserError(
                     obituary(missing) if missing else f"a call between the ranks failed, and none is missing ({why}); {GO_ON}"
                 ) from error

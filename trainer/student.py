@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from manifests import UserError, load_weights
+from manifests import UserError, load_weights, one_line
 from manifests.devices import out_of_memory
 from manifests.recipe import nearest
 
@@ -56,9 +56,9 @@ def create_student(
     try:
         model = timm.create_model(name, **options)
     except OSError as error:  # before RuntimeError's kin: what the hub and the network raise
-        raise UserError(f"pretrained: {pretrained}: cannot be fetched ({_short(error)}); give a checkpoint file instead") from error
+        raise UserError(f"pretrained: {pretrained}: cannot be fetched ({one_line(error)}); give a checkpoint file instead") from error
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"student: {name} cannot be built for {side} x {side} images with these options: {_short(error)}") from error
+        raise UserError(f"student: {name} cannot be built for {side} x {side} images with these options: {one_line(error)}") from error
     settings = timm.data.resolve_data_config(model=model)
     return Student(model, settings["mean"], settings["std"])
 
@@ -81,7 +81,7 @@ def try_out(student: Student, images: int, side: int, device: torch.device, *, b
         if out_of_memory(error):
             raise
         what = f"{images} image{'s' * (images > 1)} of {side} x {side} pixels at a time"
-        raise UserError(f"student: it cannot learn from {what}: {_short(error) or type(error).__name__}") from error
+        raise UserError(f"student: it cannot learn from {what}: {one_line(error) or type(error).__name__}") from error
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -113,7 +113,3 @@ def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[st
     if pretrained not in tags:
         raise UserError(f"pretrained: {pretrained!r} is no file, and no tag of {architecture}{nearest(pretrained, tags)}")
     return f"{architecture}.{pretrained}", {"pretrained": True}
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

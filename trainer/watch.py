@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from manifests import UserError
+from manifests import UserError, one_line
 from manifests.command import USER_ERROR
 
 from .place import Place
@@ -41,9 +41,7 @@ class Watch:
             own = TCPStore(address, port, is_master=False, wait_for_workers=False)
             start = meet(own, place)
         except RuntimeError as error:
-            raise UserError(
-                f"rank {place.rank}: cannot meet the others at {address}:{port} ({' '.join(str(error).split())[:120]})"
-            ) from error
+            raise UserError(f"rank {place.rank}: cannot meet the others at {address}:{port} ({one_line(error)})") from error
         self.group_store, self._store = PrefixStore(f"group/{start}", store), PrefixStore(f"watch/{start}", own)
         self._lock = threading.Lock()
         self._over = threading.Event()  # this rank is leaving

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from manifests import Unwritable, UserError
+from manifests import Unwritable, UserError, one_line
 
 from ..worker import Work, work_through
 from . import Watch
@@ -66,7 +66,7 @@ def _run(work: Work, watch: Watch) -> None:
                 complaint = str(error.cause)
                 click.echo(f"a worker has left: {complaint}", err=True)
             except ray.exceptions.RayActorError as error:  # others may finish what it could not; what is missing will be named
-                click.echo(f"a worker was lost for good: {' '.join(str(error).split())[:200]}", err=True)
+                click.echo(f"a worker was lost for good: {one_line(error)}", err=True)
     if complaint is not None and not finished:
         raise UserError(complaint)
 

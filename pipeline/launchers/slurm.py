@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from manifests import UserError
+from manifests import UserError, one_line
 from manifests.recipe import nearest
 
 from ..worker import Work, work_through
@@ -97,7 +97,7 @@ def _reason(error: Exception, options: dict[str, Any]) -> str:
     known = sorted(submitit.SlurmExecutor._valid_parameters())
     if unknown := [name for name in options if name not in known]:
         return f"unknown option {unknown[0]!r}{nearest(unknown[0], known)}"
-    return " ".join(str(error).split())[:300]
+    return one_line(error, 300)
 
 
 def _leave(_signal: int, _frame: object) -> None:

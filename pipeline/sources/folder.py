@@ -16,7 +16,7 @@ from typing import overload
 import click
 import numpy as np
 
-from manifests import Store, Unreachable, UserError
+from manifests import Store, Unreachable, UserError, one_line
 from manifests.recipe import nearest
 from shards.canvas import IMAGE_EXTENSIONS
 from shards.tar import clean_key
@@ -51,7 +51,7 @@ def _sample(store: Store, entry: tuple[str, int]) -> SourceSample:
     try:
         return SourceSample(folder_key(file), _read(store, file), label)
     except (OSError, Unreachable) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        reason = getattr(error, "strerror", None) or one_line(error)
         return SourceSample(folder_key(file), b"", label, f"cannot read the file: {reason}")
 
 

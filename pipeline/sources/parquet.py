@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manifests import UserError
+from manifests import UserError, one_line
 from shards.tar import clean_key
 
 from ..classes import ClassList
@@ -72,7 +72,7 @@ class ParquetPiece:
                     if number == self.start + self.count:
                         return
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.url}: damaged near row {number} ({' '.join(str(error).split())[:120]})") from error
+            raise UserError(f"{self.url}: damaged near row {number} ({one_line(error)})") from error
 
 
 def plan_parquet(urls: Sequence[str], classes: ClassList, shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
@@ -115,7 +115,7 @@ def open_parquet(source: Any, url: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"source.data: {url}: not a readable Parquet file ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"source.data: {url}: not a readable Parquet file ({one_line(error)})") from error
 
 
 def columns(schema: pa.Schema, url: str) -> tuple[str, str]:
