@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from .conftest import CLASSES, PER_SHARD, SHARDS, SIDE, write_image_set, write_r
 
 STUDENT = "test_resnet"  # timm's smallest
 PROJECT = Path(__file__).resolve().parents[2]
+COMPILER = pytest.mark.skipif("TEST_INDUCTOR" not in os.environ, reason="a minute of a C++ compiler; TEST_INDUCTOR=1 runs it")
 
 
 def recipe(run: Path, *overrides: str) -> Recipe:
@@ -92,6 +94,27 @@ def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> Non
     train(recipe(labels_only, "epochs=1", f"images={tiny_run / 'clean'}", "workers=1"), str(tmp_path / "joined"))
     train(recipe(tiny_run, "epochs=1"), str(tmp_path / "stored"))
     assert_equal_runs(tmp_path / "joined", tmp_path / "stored")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+def test_a_compiled_student_learns_the_same(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """compile=true, forward and backward: checkpoints of the same names, weights of the same values but for rounding, and it resumes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    same = ["epochs=1", "drop_path=0.2", "optimizer.name=sgd"]
+    train(recipe(tiny_run, *same), str(tmp_path / "eager"))
+    with monkeypatch.context() as patch:  # told to stop after its first step
+        patch.setattr(loop, "train_step", lambda *args, **named: (os.kill(os.getpid(), signal.SIGTERM), train_step(*args, **named))[1])
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(tiny_run, *same, "compile=true"), str(tmp_path / "compiled"))
+    state = StudentDir(tmp_path / "compiled").load_last()
+    assert state is not None and state["progress"]["step"] == 1
+    train(recipe(tiny_run, *same, "compile=true"), str(tmp_path / "compiled"))
+    eager, compiled = last_weights(tmp_path / "eager"), last_weights(tmp_path / "compiled")
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
+    StudentDir(tmp_path / "compiled").load_student()
 
 
 def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
