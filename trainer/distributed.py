@@ -104,6 +104,8 @@ def replicate(student: nn.Module, device: torch.device) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
         replica = DistributedDataParallel(student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Strides of a dimension of 1, in 1 x 1 and depthwise convolutions, name the same places in memory (pytorch#157862).
+    warnings.filterwarnings("ignore", message=r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, (1,|\d+, 1, 1\])")
     if device.type == "cpu":
         replica.register_comm_hook(None, average_in_rank_order)
     return replica

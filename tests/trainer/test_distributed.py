@@ -75,9 +75,9 @@ def free_port() -> int:
 
 
 def told(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
-    """Exit statuses, and every line with ``error:`` or a stack trace that any rank wrote."""
-    output = [process.communicate(timeout=120)[1] for process in processes]
-    lines = [line for text in output for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
+    """Exit statuses, and every line with ``error:``, a stack trace or a Python warning that any rank wrote."""
+    lines = [line for process in processes for line in process.communicate(timeout=120)[1].splitlines()]
+    lines = [line for line in lines if line.startswith(("error:", "Traceback")) or "Warning: " in line]
     return [process.returncode for process in processes], lines
 
 
