@@ -26,6 +26,7 @@ BEAT = 1.0  # seconds between signs of life
 SILENCE = 10.0  # seconds without one, after which a rank is taken for dead
 ROLL_CALL = 3.0  # seconds in which the living answer after a connection broke
 COMING = 600.0  # seconds in which all ranks must have come
+LATE = 15.0  # seconds after which a machine says for whom it waits
 GO_ON = "the others have stopped too; the same command goes on from the last checkpoint"
 
 
@@ -136,18 +137,19 @@ def open_store(address: str, port: int, place: Place) -> Store:
     Raises UserError when rank 0 does not come.
     """
     holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    deadline = time.monotonic() + COMING
-    while not (holds or _answers(address, port)):
-        _pause(deadline, [0], place.world)
+    patience = Patience(place)
+    while not holds and (why := _no_answer(address, port)):
+        patience.wait([0], f"{address}:{port}: {why}")
     return TCPStore(address, port, is_master=holds, wait_for_workers=False, timeout=timedelta(seconds=COMING))
 
 
-def _answers(address: str, port: int) -> bool:
+def _no_answer(address: str, port: int) -> str | None:
+    """Why nobody is there yet, or None."""
     try:
         socket.create_connection((address, port), timeout=1).close()
-    except OSError:  # nobody is there yet
-        return False
-    return True
+    except OSError as error:  # also for a name that is not known, which may become so
+        return (error.strerror or str(error)).lower()
+    return None
 
 
 def meet(store: Store, place: Place) -> str:
@@ -158,12 +160,12 @@ def meet(store: Store, place: Place) -> str:
     Raises UserError when a rank does not come.
     """
     word = uuid.uuid4().hex
-    deadline = time.monotonic() + COMING
+    patience = Patience(place)
     if place.rank != 0:
         store.set(f"call/{place.rank}", word)
         answer = f"answer/{word}"
         while not store.check([answer]):
-            _pause(deadline, [0], place.world)
+            patience.wait([0])
         name: str = store.get(answer).decode()
         store.set(f"heard/{name}/{place.rank}", "")
         return name
@@ -172,14 +174,29 @@ def meet(store: Store, place: Place) -> str:
         for other in missing:
             if store.check([f"call/{other}"]):  # perhaps one of an earlier start, whom nobody hears
                 store.set(f"answer/{store.get(f'call/{other}').decode()}", word)
-        _pause(deadline, missing, place.world)
+        patience.wait(missing)
     return word
 
 
-def _pause(deadline: float, missing: list[int], world: int) -> None:
-    if time.monotonic() > deadline:
-        raise UserError(f"of {world} ranks, {_name(missing)} not come in {COMING / 60:.0f} minutes; look at the log of that machine")
-    time.sleep(0.05)
+class Patience:
+    """Of a rank that waits for others to come. After a while one rank of each machine says so; in the end it gives up."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.since = time.monotonic()
+        self.to_say = place.local_rank == 0
+
+    def wait(self, missing: list[int], why: str = "") -> None:
+        """For a moment. Raises UserError when it has been too long. why: what was seen of the missing, or rather not."""
+        waited = time.monotonic() - self.since
+        reason = f" ({why})" if why else ""
+        if waited > COMING:
+            told = f"{_name(missing)} not come in {COMING / 60:.0f} minutes{reason}"
+            raise UserError(f"of {self.place.world} ranks, {told}; look at the log of that machine")
+        if waited > LATE and self.to_say:
+            self.to_say = False
+            print(f"rank {self.place.rank}: {_name(missing)} not come yet{reason}; waiting", file=sys.stderr, flush=True)
+        time.sleep(0.05)
 
 
 def obituary(missing: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,6 +56,20 @@ def test_a_rank_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, he
     monkeypatch.setattr(watch, "COMING", 0.5)
     with pytest.raises(UserError, match=f"of 2 ranks, rank {1 - here} has not come"):
         Watch(Place(here, 2, here))
+
+
+def test_it_says_for_whom_a_machine_waits(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Once, one rank of each machine, long before it gives up; with the host whose name is not known (here: no name can be)."""
+    monkeypatch.setenv("MASTER_ADDR", "rank-0.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(watch, "COMING", 1.0)
+    monkeypatch.setattr(watch, "LATE", 0.1)
+    why = r"\(rank-0\.invalid:29500: .*(not known|resol|no address).*\)"
+    for local_rank in (0, 1):
+        with pytest.raises(UserError, match=rf"of 4 ranks, rank 0 has not come in 0 minutes {why}; look"):
+            Watch(Place(2 + local_rank, 4, local_rank))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.fullmatch(rf"rank 2: rank 0 has not come yet {why}; waiting", lines[0]), lines
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
