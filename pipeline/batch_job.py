@@ -43,7 +43,7 @@ class AttackedBatch:
 
     y: torch.Tensor  # [B]
     clean_logits: torch.Tensor  # [B, classes]
-    clean_labels: torch.Tensor  # soft ones, [B, classes] or [B, V, classes]
+    clean_soft_labels: torch.Tensor  # [B, classes] or [B, V, classes]
     attacked: Attacked
     attacked_loss: torch.Tensor | None  # [B]
     stored: list[Future[Stored]]
@@ -54,8 +54,8 @@ class JudgedBatch:
     """Verdicts on their way from the device."""
 
     columns: dict[str, torch.Tensor]  # [B], on the CPU once `ready`
-    clean_labels: torch.Tensor  # soft ones, float16 [B, classes] or [B, V, classes]
-    dad_labels: torch.Tensor
+    clean_soft_labels: torch.Tensor  # float16 [B, classes] or [B, V, classes]
+    dad_soft_labels: torch.Tensor
     codes: torch.Tensor  # [B, h, w]
     images: list[bytes]
     ready: Callable[[], None]
@@ -66,8 +66,8 @@ class Result:
     """What became of one sample."""
 
     row: Row
-    clean_labels: np.ndarray  # soft ones, float16 [classes] or [V, classes]
-    dad_labels: np.ndarray
+    clean_soft_labels: np.ndarray  # float16 [classes] or [V, classes]
+    dad_soft_labels: np.ndarray
     image: bytes  # x'' as stored
     codes: np.ndarray  # uint16 [h, w]
 
@@ -79,7 +79,7 @@ def attack_batch(samples: list[Prepared], recipe: Recipe, models: Models, codec:
     y = models.send(torch.tensor([sample.source.label for sample in samples]))
     with torch.no_grad():
         clean_logits = models.teacher(x)
-    clean_labels = _view_logits([sample.view_pixels for sample in samples], models, clean_logits)
+    clean_soft_labels = _view_logits([sample.view_pixels for sample in samples], models, clean_logits)
     attacked = attack(x, y, models.teacher, models.discretizer, recipe.attack, noise)
     pixels, ready = models.fetch(to_uint8(attacked.adversarial))
     stored = [codec.submit(_store, pixels, i, ready, recipe.output.image, sample.views) for i, sample in enumerate(samples)]
@@ -87,7 +87,7 @@ def attack_batch(samples: list[Prepared], recipe: Recipe, models: Models, codec:
     if recipe.output.attacked_loss:
         with torch.no_grad():
             loss = F.cross_entropy(models.teacher(attacked.perturbed), y, reduction="none")
-    return AttackedBatch(y, clean_logits, clean_labels, attacked, loss, stored)
+    return AttackedBatch(y, clean_logits, clean_soft_labels, attacked, loss, stored)
 
 
 def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
@@ -96,9 +96,9 @@ def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
     seen = to_float(models.send(torch.stack([image.pixels for image in stored])))
     with torch.no_grad():
         dad_logits = models.teacher(seen).half()  # judge what is stored, not what was computed
-    dad_labels = _view_logits([image.views for image in stored], models, dad_logits).half()
-    clean_logits, clean_labels, attacked = batch.clean_logits.half(), batch.clean_labels.half(), batch.attacked
-    finite = [logits.isfinite().flatten(1).all(1) for logits in (clean_logits, dad_logits, clean_labels, dad_labels)]
+    dad_soft_labels = _view_logits([image.views for image in stored], models, dad_logits).half()
+    clean_logits, clean_soft_labels, attacked = batch.clean_logits.half(), batch.clean_soft_labels.half(), batch.attacked
+    finite = [logits.isfinite().flatten(1).all(1) for logits in (clean_logits, dad_logits, clean_soft_labels, dad_soft_labels)]
     columns: dict[str, torch.Tensor] = {
         "finite": torch.stack(finite).all(0),
         "good": verified(dad_logits, batch.y),
@@ -112,8 +112,8 @@ def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
     if attacked.codes.numel():
         columns["codes_changed"] = (attacked.codes != attacked.codes_discrete).flatten(1).float().mean(1)
     fetched = {name: models.fetch(column)[0] for name, column in columns.items()}
-    clean, _ = models.fetch(clean_labels)
-    dad, _ = models.fetch(dad_labels)
+    clean, _ = models.fetch(clean_soft_labels)
+    dad, _ = models.fetch(dad_soft_labels)
     codes, ready = models.fetch(attacked.codes)  # the last: when it is here, so are the others
     return JudgedBatch(fetched, clean, dad, codes, [image.data for image in stored], ready)
 
@@ -132,7 +132,7 @@ def collect(batch: JudgedBatch) -> list[Result]:
         elif not good:
             row |= {"status": "rejected", "reason": f"the teacher sees class {row['dad_pred']}"}
         codes = batch.codes[i].numpy().astype(np.uint16)
-        results.append(Result(row, batch.clean_labels[i].numpy(), batch.dad_labels[i].numpy(), data, codes))
+        results.append(Result(row, batch.clean_soft_labels[i].numpy(), batch.dad_soft_labels[i].numpy(), data, codes))
     return results
 
 

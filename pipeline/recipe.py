@@ -16,7 +16,7 @@ from shards.views import ViewSettings
 from .attack import AttackSettings
 from .diffusion import DiffusionConfig
 from .discretizer import NamedConfig, VQGANConfig
-from .sources.place import PIPE, expand, without_secrets
+from .sources.files import PIPE, expand, without_secrets
 
 SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool  # a line break would begin a command of the job script
 FOLDER = Path(__file__).parent / "recipes"

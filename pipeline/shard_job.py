@@ -188,13 +188,13 @@ def _add(sample: Prepared, result: Result | None, shard: _Shard, recipe: Recipe)
         return row
     shard.keys.add(key)
     image = recipe.output.image.format
-    members = {"cls": label, **_soft_labels(result.clean_labels, sample, recipe)}
+    members = {"cls": label, **_soft_labels(result.clean_soft_labels, sample, recipe)}
     if recipe.output.clean_images:
         members = {image: sample.clean_bytes} | members
     extent = shard.clean.add(key, members)
     row |= {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
     if row["status"] == "verified":
-        members = {image: result.image, "cls": label, **_soft_labels(result.dad_labels, sample, recipe)}
+        members = {image: result.image, "cls": label, **_soft_labels(result.dad_soft_labels, sample, recipe)}
         if recipe.output.codes:
             members["codes.npy"] = encode_array(result.codes)
         extent = shard.dad.add(key, members)

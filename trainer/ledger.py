@@ -20,7 +20,7 @@ from shards.codec import to_float
 
 from . import online
 from .augmentation import Augment
-from .loop import timed
+from .loop import with_waits
 from .memory import memory_errors
 from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer
@@ -175,7 +175,7 @@ def clock(batches: Iterator[Batch], step: Callable[[Batch], None], warmup: int, 
     """Run all batches, the device idle before and after; time those after the first ``warmup``."""
     started = waited = 0.0
     images = 0
-    for number, (batch, waiting) in enumerate(timed(batches)):
+    for number, (batch, waiting) in enumerate(with_waits(batches)):
         if number == warmup:
             wait_for(device)
             started = time.monotonic() - waiting

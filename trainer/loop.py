@@ -67,7 +67,7 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
     saved = clock = time.monotonic()
     run.student.train()
     with told_to_stop(quiet=not distributed.is_first()) as stop:
-        for batch, waited in timed(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)):
+        for batch, waited in with_waits(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)):
             step = run.now
             rate, losses = advance(run, batch)
             meter.add(step, losses, batch)
@@ -140,7 +140,7 @@ def end_epoch(run: Training, log: Log) -> None:
     log.flush()
 
 
-def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+def with_waits(items: Iterable[T]) -> Iterator[tuple[T, float]]:
     """Each item with the seconds that it was waited for."""
     started = time.monotonic()
     for item in items:

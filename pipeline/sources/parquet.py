@@ -16,7 +16,7 @@ from manifests import UserError, one_line
 from shards.tar import clean_key
 
 from ..classes import ClassList
-from .place import file_name, open_file
+from .files import file_name, open_file
 from .sample import EXACT, SLACK, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 IMAGES = ("image", "img", "jpg", "png")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from manifests import Store, UserError
 
 from ..classes import ClassList
+from .files import PIPE, common_extension, expand, file_name, list_files
 from .folder import plan_folder
 from .parquet import plan_parquet
-from .place import PIPE, common_extension, expand, file_name, list_files
 from .sample import KeyRule, Piece, SourceSample
 from .tars import plan_tars
 

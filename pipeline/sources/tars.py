@@ -19,7 +19,7 @@ from shards.canvas import IMAGE_EXTENSIONS
 from shards.tar import clean_key, index_tar, iterate_tar, split_name
 
 from ..classes import ClassList
-from .place import PIPE, copy_into, file_name, file_size, is_local, open_file
+from .files import PIPE, copy_into, file_name, file_size, is_local, open_file
 from .sample import EXACT, SLACK, Fingerprint, KeyRule, Piece, SourceSample, check_label, key_hashes, place_key, refuse_repeated
 
 

@@ -15,7 +15,7 @@ from pipeline.classes import ClassList, load_classes
 from pipeline.generate import make_shards
 from pipeline.recipe import load
 from pipeline.sources import SourcePlan, SourceSample, plan_source, tars
-from pipeline.sources.place import expand, without_secrets
+from pipeline.sources.files import expand, without_secrets
 from tests.conftest import write_tar
 
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
