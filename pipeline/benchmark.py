@@ -51,7 +51,7 @@ class First:
         return itertools.islice(self.piece.samples(classes), self.count)
 
 
-@click.group(cls=ProjectGroup, invoke_without_command=True)
+@click.group(cls=ProjectGroup, invoke_without_command=True, subcommand_metavar="", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--recipe", default="demo", show_default=True, metavar="FILE|NAME")
 @click.option("--weights", type=click.Choice(["recipe", "random"]), default="recipe", show_default=True, help="random: no files needed.")
 @click.option(

@@ -16,7 +16,7 @@ from .options import choice_options, chosen
 from .recipe import Recipe, load
 
 
-@click.group(cls=ProjectGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ProjectGroup, invoke_without_command=True, subcommand_metavar="", context_settings={"help_option_names": ["-h", "--help"]})
 @choice_options
 @click.option("--random", metavar="NAME", help="Instead of the run's models, this timm model as teacher and a VQGAN f8-16384, untrained.")
 @click.option(
