@@ -6,6 +6,8 @@ The state of the reader is two integers, epoch and global batches consumed: `Tra
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -166,6 +168,7 @@ class TrainingReader:
             num_workers=workers,
             prefetch_factor=self.read_ahead(workers) // workers if workers else None,
             pin_memory=pin,
+            worker_init_fn=_end_with_the_parent_alone,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares the plan; newer Pythons do otherwise
         )
         for batch in loader:
@@ -178,6 +181,24 @@ class TrainingReader:
         side = self.side or self.canvas
         batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
+
+
+def _end_with_the_parent_alone(_worker: int) -> None:
+    """Of a loader process: SIGTERM from anyone but its parent is not obeyed.
+
+    torchrun and Slurm send it to all processes of a job, and the trainer needs batches to finish its step with.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
 
 
 class _EpochBatches(Dataset[Any]):

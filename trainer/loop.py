@@ -91,7 +91,11 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
                 saved = time.monotonic()
             bar.update()
             if leave:
-                raise KeyboardInterrupt
+                break
+        # Also what was asked while the epoch's last checkpoint was written. Nobody leaves before rank 0 has written it: those who
+        # do end the job, and rank 0 with it.
+        if distributed.any_rank(stop.asked):
+            raise KeyboardInterrupt
 
 
 def advance(run: Training, batch: Batch) -> tuple[float, Losses]:

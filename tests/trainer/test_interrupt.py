@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from manifests.command import SIGNALS
 from trainer import loop
 from trainer.checkpoint import LAST, StudentDir
 from trainer.interrupt import told_to_stop
+from trainer.run import Training
 from trainer.step import Losses, train_step
 
 from .test_loop import assert_equal_runs, recipe
@@ -26,7 +30,8 @@ def _as_in_a_terminal() -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_nothing_is_lost(number: int, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    """The signal comes within step 4 of 6, long before a checkpoint is due; the same command ends in the weights of an untroubled run."""
+    """The signal comes within step 4 of 6, long before a checkpoint is due, to the trainer and to its loader, as launchers send it to
+    all processes of a job; the same command ends in the weights of an untroubled run."""
     settings = recipe(tiny_run, "epochs=1", "checkpoint_minutes=1000", "workers=1")
     loop.train(settings, str(tmp_path / "whole"))
     steps = 0
@@ -35,7 +40,10 @@ def test_nothing_is_lost(number: int, tiny_run: Path, tmp_path: Path, monkeypatc
         nonlocal steps
         steps += 1
         if steps == 4:
-            os.kill(os.getpid(), number)
+            everyone = [os.getpid(), *(loader.pid for loader in multiprocessing.active_children())]
+            assert len(everyone) == 2
+            subprocess.run(["kill", f"-{int(number)}", *map(str, everyone)], check=True)
+            time.sleep(0.2)
         return train_step(*given, **named)
 
     monkeypatch.setattr(loop, "train_step", step)
@@ -47,6 +55,22 @@ def test_nothing_is_lost(number: int, tiny_run: Path, tmp_path: Path, monkeypatc
     loop.train(settings, str(tmp_path / "stopped"))
     assert steps == 6
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_told_while_the_last_checkpoint_of_an_epoch_is_written(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of this epoch is left to notice it in: training stops all the same, before the next."""
+    save = loop.save
+
+    def told(run: Training) -> None:
+        if (run.at.epoch, run.at.step) == (0, run.reader.steps):
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(run)
+
+    monkeypatch.setattr(loop, "save", told)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe(tiny_run, "epochs=3"), str(tmp_path / "stopped"))
+    state = StudentDir(tmp_path / "stopped").load_last()
+    assert state is not None and (state["progress"]["epoch"], state["progress"]["step"]) == (0, 6)
 
 
 def test_an_epoch_is_saved_before_it_is_validated(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
