@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +42,30 @@ def writing_cache(folder: Path) -> Iterator[None]:
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
     """One holder on this machine. The kernel lets go when the holder dies. Raises Unwritable where the folder cannot hold locks."""
-    with writing_cache(folder):
+    with writing_cache(folder), _forking:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f"{name}.lock", "w")
-    with file:
+        file = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        _open.add(file)
+    try:
         with writing_cache(folder):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        if file in _open:
+            _open.remove(file)
+            os.close(file)
+
+
+_open: set[int] = set()  # files of locks that threads of this process hold or wait for
+_forking = threading.Lock()  # no fork between the opening of one and its entry above
+
+
+def _close_in_child() -> None:
+    """A forked process shares its parent's open files, and with them their locks, which the parent could not let go of any more."""
+    for file in _open:
+        os.close(file)
+    _open.clear()
+    _forking.release()
+
+
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_in_child)

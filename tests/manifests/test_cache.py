@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from manifests.cache import cache_folder
+from manifests.cache import cache_folder, lock
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,36 @@ def test_a_user_without_a_home(python: Callable[..., subprocess.CompletedProcess
     assert told.stdout.splitlines() == [
         "this user has no home folder to keep a cache in; set DAD_CACHE to a folder on a local disk", "/scratch/tars"
     ], told.stderr  # fmt: skip
+
+
+def test_a_forked_process_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
+    """A thread holds the lock while loader processes are forked: once it lets go, another gets it, and a child can have it too."""
+    go_on, held = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock(tmp_path, "a"):
+            held.set()
+            go_on.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(30)
+    child = os.fork()
+    if child == 0:
+        with lock(tmp_path, "a"):  # waits for the parent's thread
+            os._exit(0)
+    time.sleep(0.2)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    go_on.set()
+    holder.join()
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert ended == (child, 0)
+    with lock(tmp_path, "a"):
+        pass
 
 
 HOLDER = """
