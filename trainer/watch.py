@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from tqdm import tqdm
 
 from manifests import UserError, one_line
 from manifests.command import USER_ERROR
@@ -23,7 +24,8 @@ from manifests.command import USER_ERROR
 from .place import Place
 
 BEAT = 1.0  # seconds between signs of life
-SILENCE = 10.0  # seconds without one, after which a rank is taken for dead
+SILENCE = 10.0  # seconds without one, after which a rank is taken for dead; counted in own beats, so that a job may be suspended whole
+DEAF = 30.0  # likewise, without any word from the store, after which rank 0, which holds it, is taken for dead
 ROLL_CALL = 3.0  # seconds in which the living answer after a connection broke
 COMING = 600.0  # seconds in which all ranks must have come
 LATE = 15.0  # seconds after which a machine says for whom it waits
@@ -48,7 +50,9 @@ class Watch:
         self._over = threading.Event()  # this rank is leaving
         self._heard = False  # that another rank has reported an error
         self._store.set(f"beat/{place.rank}", "0")  # of a rank that dies before the thread's first one, silence is noticed too
+        self._beats = 0  # rounds of the thread
         threading.Thread(target=self._keep_watch, daemon=True).start()
+        threading.Thread(target=self._mind_the_store, daemon=True).start()
 
     def leave(self) -> None:
         """Leave in good order. Rank 0, which may hold the store, goes last."""
@@ -95,18 +99,18 @@ class Watch:
         return missing
 
     def _keep_watch(self) -> None:
-        """The thread: show life, listen for an error; on rank 0 also look for ranks that fell silent."""
-        beats: dict[int, tuple[bytes, float]] = {}
-        count = 0
+        """The thread: show life, listen for an error, look for ranks that fell silent: rank 0 for any, rank 1 for rank 0."""
+        others = {0: range(1, self.place.world), 1: range(1)}.get(self.place.rank, range(0))
+        beats: dict[int, tuple[bytes, int]] = {}
         while not self._over.wait(BEAT):
-            count += 1
+            self._beats += 1
             try:
                 with self._lock:
-                    self._store.set(f"beat/{self.place.rank}", str(count))
+                    self._store.set(f"beat/{self.place.rank}", str(self._beats))
                     self._heard = self._store.check(["ended"])
                     if self._store.check(["roll call"]):
                         self._store.set(f"here/{self.place.rank}", "")
-                    silent = self._silent(beats) if self.place.rank == 0 else []
+                    silent = self._silent(others, beats)
             except RuntimeError:  # the store is gone, and rank 0 with it; the main thread may have met that already
                 if not self._over.wait(ROLL_CALL):
                     _end(obituary([0]) if self.place.rank == 1 else None)
@@ -119,15 +123,22 @@ class Watch:
                 message = obituary(silent)
                 _end(message if self.speaks_first(message) else None)
 
-    def _silent(self, beats: dict[int, tuple[bytes, float]]) -> list[int]:
-        """Ranks that have shown no life for long. ``beats``: the last sign of each, and when it was new."""
-        now = time.monotonic()
-        for other in range(self.place.world):
+    def _silent(self, others: range, beats: dict[int, tuple[bytes, int]]) -> list[int]:
+        """Ranks that have shown no life for long. ``beats``: the last sign of each, and the own beat at which it was new."""
+        for other in others:
             key = f"beat/{other}"
             value = self._store.get(key) if self._store.check([key]) else b""
             if other not in beats or beats[other][0] != value or self._store.check([f"left/{other}"]):
-                beats[other] = (value, now)
-        return [other for other, (value, since) in beats.items() if value and now - since > SILENCE]
+                beats[other] = (value, self._beats)
+        return [other for other, (value, since) in beats.items() if value and (self._beats - since) * BEAT > SILENCE]
+
+    def _mind_the_store(self) -> None:
+        """A second thread, for the first may wait for ever for the store of a rank 0 that is frozen, or cut off."""
+        seen, rounds = 0, 0
+        while not self._over.wait(BEAT):
+            seen, rounds = self._beats, rounds + 1 if self._beats == seen else 0
+            if rounds * BEAT > DEAF:
+                _end(obituary([0]) if self.place.rank == 1 else None)
 
 
 def open_store(address: str, port: int, place: Place) -> Store:
@@ -200,7 +211,7 @@ class Patience:
 
 
 def obituary(missing: list[int]) -> str:
-    return f"{_name(missing)} ended without a word (killed, out of memory, or the machine is gone); {GO_ON}"
+    return f"{_name(missing)} fallen silent (killed, out of memory, stopped, or the machine is gone); {GO_ON}"
 
 
 def _name(ranks: list[int]) -> str:
@@ -209,5 +220,6 @@ def _name(ranks: list[int]) -> str:
 
 def _end(message: str | None) -> NoReturn:
     if message is not None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below whatever a bar has written
+        sys.stderr.flush()
     os._exit(USER_ERROR)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainer import loop
 from trainer.checkpoint import LAST, METRICS, StudentDir
@@ -204,7 +205,7 @@ def test_a_killed_rank_under_torchrun_restarts_to_the_same_weights(
         os.kill(child_of_rank([job.pid for job in jobs], world - 1), signal.SIGKILL)
         said = "".join(job.communicate(timeout=120)[1] for job in jobs)
     assert [job.returncode for job in jobs] == [0] * machines, said
-    assert said.count(f"error: rank {world - 1} has ended without a word") == 1
+    assert said.count(f"error: rank {world - 1} has fallen silent") == 1
     states = [StudentDir(tmp_path / name).load_last() for name in ("whole", "killed")]
     assert states[0] is not None and states[1] is not None
     for part in ("student", "average"):
@@ -234,7 +235,7 @@ def test_a_killed_rank_ends_the_job_in_seconds(tiny_run: Path, tmp_path: Path, r
     statuses, lines = told(job)
     assert time.monotonic() - killed < 30
     assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 2
-    assert len(lines) == 1 and lines[0].startswith(f"error: rank {victim} has ended without a word"), lines
+    assert len(lines) == 1 and lines[0].startswith(f"error: rank {victim} has fallen silent"), lines
 
 
 def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -247,6 +248,48 @@ def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(tiny_run: Path, tmp_p
     assert [process.returncode for process in processes] == [130, 130]
     assert sum("the same command goes on from there" in text for text in output) == 1 and not any("error:" in text for text in output)
     assert (tmp_path / LAST).stat().st_mtime > told_at and StudentDir(tmp_path).load_last() is not None
+
+
+def test_a_job_that_is_told_to_stop_waits_for_its_checkpoint(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Rank 0 takes four seconds to write it; rank 1, done long before, does not end the job meanwhile."""
+    program = f"""
+import os, signal, time
+from trainer import __main__, checkpoint, distributed, loop
+save, train_step = checkpoint.StudentDir.save_last, loop.train_step
+def slow(*given):
+    time.sleep(4)
+    save(*given)
+def step(*given, **named):
+    if named["step"] == 2 and distributed.rank() == 0:
+        checkpoint.StudentDir.save_last = slow
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(*given, **named)
+loop.train_step = step
+__main__.main({command(tiny_run, tmp_path, "epochs=1000", "checkpoint_minutes=1000")[2:]!r})
+"""
+    processes = ranks(2, "-c", program)
+    statuses, lines = told(processes)
+    assert (statuses, lines) == ([130, 130], [])
+    assert StudentDir(tmp_path).load_last() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("agent", [True, False], ids=["torchrun's store", "rank 0's store"])
+def test_a_frozen_rank_is_noticed(tiny_run: Path, tmp_path: Path, ranks: Ranks, frozen: int, agent: bool) -> None:
+    """As on a machine that has lost its network, no connection breaks; whoever holds the store in which the ranks meet."""
+    arguments = command(tiny_run, tmp_path / "student", "epochs=100000")[2:]
+    program = f"from trainer import __main__, watch; watch.SILENCE, watch.DEAF = 4, 6; __main__.main({arguments!r})"
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if agent:
+        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(server.port)}
+        program = f"import os; os.environ.update({environment!r}); {program}"
+    job = ranks(2, "-c", program)
+    wait_for((tmp_path / "student" / LAST).exists)
+    job[frozen].send_signal(signal.SIGSTOP)
+    statuses, lines = told([job[1 - frozen]])
+    assert statuses == [2]
+    assert len(lines) == 1 and lines[0].startswith(f"error: rank {frozen} has fallen silent"), lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
