@@ -12,11 +12,16 @@ from .errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe names; ``auto`` is the GPU when there is one. Raises UserError for one that is not there."""
+    """The device a recipe names; ``auto`` is the GPU when there is one. Raises UserError for one that is not there.
+
+    One GPU of several becomes the current one: torch's thread that pins memory would else open a context on the first.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} is not usable here ({str(error).splitlines()[0][:120]})") from error

@@ -52,7 +52,7 @@ def find_runs(paths: Sequence[str]) -> list[StudentDir]:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; train a student first with `make train`")
         inside = [path] if (path / STUDENT_INFO).exists() else sorted(p.parent for p in path.rglob(STUDENT_INFO))
-        found += [StudentDir(p) for p in inside]
+        found += [StudentDir(p) for p in inside if p.resolve() not in {run.path.resolve() for run in found}]
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no students here; train one with `make train`")
     finished = [run for run in found if (run.path / BEST).exists()]
@@ -75,17 +75,21 @@ def write_report(results: Sequence[Result], out: str, title: str, extra: str = "
 
 def compare(paths: Sequence[str], data: Path, out: str) -> None:
     """Evaluate runs and report them, beside the committed reference rows of the same architecture."""
-    names, results = sets_below(data), []
+    names = sets_below(data)
+    results: dict[tuple[object, ...], Result] = {}
     for run in find_runs(paths):
         try:
             for name in names:
                 check_set(data / name, run.info().classes)
-            results.append(result_of(run, data))
+            result = result_of(run, data)
+            if (same := (result.student, result.objective, result.recipe, result.seed)) in results:
+                raise UserError("a student of this recipe, shards and seed is in the table; as a second seed it would count twice")
+            results[same] = result
         except UserError as error:
             click.echo(f"{run}: left out: {error}", err=True)
     if not results:
         raise UserError(f"{data}: no student here could be scored on these image sets; set --data, or train them again")
-    click.echo(write_report(with_reference(results), out, "Students compared"))
+    click.echo(write_report(with_reference(list(results.values())), out, "Students compared"))
     click.echo(f"written to {out}/report.md and {out}/report.png")
 
 

@@ -36,7 +36,7 @@ def create_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optim
             layer_decay=settings.layer_decay,
             **fused,
         )
-    except (AssertionError, ImportError) as error:  # of apex and bitsandbytes, which some of timm's take theirs from
+    except (AssertionError, ImportError, ValueError) as error:  # also of apex and bitsandbytes, which some of timm's take theirs from
         raise UserError(f"optimizer.name: {settings.name} does not work here: {error}") from error
     return optimizer
 

@@ -37,6 +37,15 @@ def test_a_damaged_student_is_left_out_with_its_reason(runs: Path, tmp_path: Pat
         compare([str(runs)], tmp_path / "data", str(tmp_path / "again"))
 
 
+def test_a_student_counts_once(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named twice, or copied: not two seeds with an error of 0 between them."""
+    compare([str(runs), str(runs / "first")], tmp_path / "data", str(tmp_path / "reports"))
+    assert "| test_resnet dad | 1 |" in (tmp_path / "reports" / "report.md").read_text()
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "left out" in line]) == 1
+    assert any(line.startswith(f"{runs / 'second'}: left out: a student of this recipe, shards and seed") for line in lines)
+
+
 def test_image_sets_that_are_missing_are_told_once(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
         compare([str(runs)], tmp_path / "nowhere", str(tmp_path / "reports"))

@@ -6,8 +6,11 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
-from trainer.optimizer import learning_rate
+from manifests import UserError
+from trainer.optimizer import create_optimizer, learning_rate
+from trainer.recipe import Optimizer
 
 
 def test_warmup_is_linear_and_the_end_is_zero() -> None:
@@ -20,3 +23,8 @@ def test_warmup_is_linear_and_the_end_is_zero() -> None:
 
 def test_without_warmup_it_starts_at_the_peak() -> None:
     assert learning_rate(0, peak=1.0, warmup=0, total=10) == 1.0
+
+
+def test_settings_that_an_optimizer_refuses_are_told() -> None:
+    with pytest.raises(UserError, match=r"^optimizer.name: sgd does not work here: Nesterov momentum requires a momentum"):
+        create_optimizer(torch.nn.Linear(2, 2), Optimizer(name="sgd", momentum=0))
