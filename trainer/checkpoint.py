@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
 from manifests import Store, UserError, load_weights, one_line
 from manifests.recipe import as_tree, first_difference, identity
+from manifests.rundir import RUN
+from manifests.weights import tensors_sha256
 
 from .recipe import Recipe
 from .student import Student, create_student, weights_of
 
+MEND = "training again puts the weights of its last checkpoint there"
 STUDENT_INFO, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors", "metrics.csv"
 
 
@@ -70,14 +74,18 @@ class StudentDir:
         try:
             return StudentInfo(**json.loads(self.store.read(STUDENT_INFO)))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self.store.where(STUDENT_INFO)}: damaged ({error})") from error
+            why = one_line(error)
+            raise UserError(f"{self.store.where(STUDENT_INFO)}: damaged ({why}); restore it, or train again in another --out") from error
 
     def claim(self, info: StudentInfo) -> None:
-        """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here.
+        """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here, or files that
+        are not a student's.
 
         A run that has no checkpoint yet has nothing to lose, and is replaced.
         """
-        if self.store.exists(STUDENT_INFO) and self.store.exists(LAST):
+        if not self.store.exists(STUDENT_INFO):
+            self._refuse_foreign()
+        elif self.store.exists(LAST) or self.store.exists(BEST):
             old = self.info()
             if old.classes != info.classes:
                 numbers = f"{len(old.classes)} classes, the shards have {len(info.classes)}"
@@ -89,8 +97,15 @@ class StudentDir:
                 raise UserError(
                     f"{self}: was trained with another recipe: {name} was {was!r}, now {now!r}; choose another --out, or set it back"
                 )
-        else:
-            self.store.write(STUDENT_INFO, (json.dumps(asdict(info), indent=2) + "\n").encode())
+            return
+        self.store.write(STUDENT_INFO, (json.dumps(asdict(info), indent=2) + "\n").encode())
+
+    def _refuse_foreign(self) -> None:
+        if taken := [name for name in (RUN, LAST, BEST, METRICS) if self.store.exists(name)]:
+            what = f"is in the way of a new student (there is no {STUDENT_INFO} here)"
+            raise UserError(f"{self.store.where(taken[0])}: {what}; choose another --out")
+        if other := next(self.path.glob(f"*/{STUDENT_INFO}"), None):
+            raise UserError(f"{self}: holds other students, such as {other.parent.name}; choose another --out")
 
     def save_last(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
@@ -113,21 +128,38 @@ class StudentDir:
         return state
 
     def save_best(self, student: Student) -> None:
-        """The plain timm state dict of the student."""
-        self.store.write(BEST, save(weights_of(student.model), metadata={"format": "pt"}))
+        """The plain timm state dict of the student, with its checksum."""
+        weights = weights_of(student.model)
+        self.store.write(BEST, _with_metadata(save(weights), {"format": "pt", "sha256": tensors_sha256(weights)}))
 
     def load_student(self) -> Student:
-        """The best checkpoint as a model. Raises UserError when training has not got that far."""
+        """The best checkpoint as a model. Raises UserError when training has not got that far, or the file is damaged."""
         info = self.info()
         if not self.store.exists(BEST):
-            raise UserError(f"{self}: has no finished epoch yet (no {BEST}); run `make train` again")
+            raise UserError(f"{self}: no {BEST} (no epoch is finished yet, or it was removed); run `make train` again")
         # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
         student = Student(create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std))
         try:
-            student.model.load_state_dict(load_weights(self.path / BEST))
+            weights = load_weights(self.path / BEST)
+        except UserError as error:
+            raise UserError(f"{error}; {MEND}") from error
+        with safe_open(self.path / BEST, "pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+        if written not in (None, tensors_sha256(weights)):
+            raise UserError(f"{self.store.where(BEST)}: its checksum is wrong (damaged or altered); {MEND}")
+        try:
+            student.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise UserError(f"{self.store.where(BEST)}: does not fit {info.student}; train it again") from error
+            raise UserError(f"{self.store.where(BEST)}: does not fit {info.student}; {MEND}") from error
         return student.eval()
+
+
+def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with metadata in the order given; the library writes them in another one each time."""
+    start = 8 + int.from_bytes(data[:8], "little")  # of the tensors: the length of the header, the header, then they
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8:start]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def describe(recipe: Recipe, student: Student, classes: list[str], side: int, shards: str) -> StudentInfo:

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from manifests import Store, UserError
+from manifests.recipe import fingerprint
 
 from .checkpoint import BEST, StudentDir, StudentInfo
 from .evaluate import RESULTS, Score, scores_from_json
@@ -24,20 +25,35 @@ OPSET = 18
 def export(run: StudentDir, out: str, *, onnx: bool = False) -> list[str]:
     """Write a student's best weights to a directory for ``timm.create_model("local-dir:OUT")``; returns the names of the files.
 
-    Raises UserError when the run has no finished epoch, or when ONNX is asked for and not installed.
+    Raises UserError when the run has no finished epoch, when the directory holds files that are not of an earlier export of this
+    student, or when ONNX is asked for and not installed.
     """
-    info, student = run.info(), run.load_student()
+    info, student, store = run.info(), run.load_student(), Store(out)
+    made_from = {"made_from": fingerprint([info.identity, info.shards])}  # timm does not look at it
+    _refuse_foreign(store, made_from)
     files = {
-        CONFIG: (json.dumps(timm_config(info, student.model), indent=2) + "\n").encode(),
+        CONFIG: (json.dumps(timm_config(info, student.model) | made_from, indent=2) + "\n").encode(),
         WEIGHTS: save(weights_of(student.model), metadata={"format": "pt"}),
     }
     if onnx:
         files[ONNX] = to_onnx(student, info.side)
     files[CARD] = model_card(info, read_scores(run), onnx=onnx).encode()  # last: a directory with a card is complete
-    store = Store(out)
     for name, data in files.items():
         store.write(name, data)
     return list(files)
+
+
+def _refuse_foreign(store: Store, made_from: dict[str, str]) -> None:
+    taken = [name for name in (CONFIG, WEIGHTS, CARD, ONNX) if store.exists(name)]
+    if not taken:
+        return
+    try:
+        config = json.loads(store.read(CONFIG))
+        own = isinstance(config, dict) and config.items() >= made_from.items()
+    except (FileNotFoundError, ValueError):
+        own = False
+    if not own:
+        raise UserError(f"{store.where(taken[0])}: is not of an earlier export of this student; choose an empty folder")
 
 
 def timm_config(info: StudentInfo, model: nn.Module) -> dict[str, Any]:

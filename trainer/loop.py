@@ -23,7 +23,7 @@ from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
 from .optimizer import learning_rate
 from .recipe import Recipe
-from .run import Training, check_weights, images_a_step, prepare, save
+from .run import Training, check_weights, images_a_step, mend_best, prepare, save
 from .step import Losses, train_step
 from .student import fixed_size
 
@@ -39,6 +39,7 @@ def train(recipe: Recipe, out: str) -> StudentDir:
     """
     with must_fit("the student does not fit into memory; free some, or choose a smaller one"):
         run = prepare(recipe, out)
+        mend_best(run)
     quiet = not distributed.is_first()
     if run.at.epoch < recipe.epochs:
         if not quiet:

@@ -174,6 +174,18 @@ def resume(run: Training) -> None:
         run.at.step, run.at.sums, run.at.manifest = 0, {}, info.manifest_sha256
 
 
+def mend_best(run: Training) -> None:
+    """Where the best weights of a run that has finished an epoch are missing or damaged, write those of its last checkpoint."""
+    if run.at.epoch == 0 or not distributed.is_first():
+        return
+    try:
+        run.directory.load_student()
+    except UserError as error:
+        click.echo(f"note: {error}", err=True)
+        run.directory.save_best(run.result)
+        run.at.best = -1.0  # whatever the next epoch reaches
+
+
 def images_a_step(reader: TrainingReader) -> str:
     """For people: "64 clean + 37.9 dad"."""
     return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())

@@ -23,9 +23,11 @@ from .conftest import CLASSES, SIDE, write_image_set
 STUDENTS = ["test_resnet", "test_vit"]
 
 
-def trained(name: str, run: Path, out: Path, validation: str = "null") -> StudentDir:
-    settings = [f"shards={run}", f"student={name}", "epochs=1", "batch=8", "precision=fp32", "threads=1", f"validation={validation}"]
-    return train(load("demo", settings), str(out))
+SETTINGS = ["student=test_resnet", "epochs=1", "batch=8", "precision=fp32", "threads=1", "validation=null"]
+
+
+def trained(name: str, run: Path, out: Path, *more: str) -> StudentDir:
+    return train(load("demo", [*SETTINGS, f"shards={run}", f"student={name}", *more]), str(out))
 
 
 @pytest.fixture(scope="module", params=STUDENTS)
@@ -59,7 +61,7 @@ def test_onnx_computes_the_same_for_any_batch(student: StudentDir, tmp_path: Pat
 
 
 def test_card_holds_the_numbers_once_they_are_measured(tiny_run: Path, tmp_path: Path) -> None:
-    run = trained("test_resnet", tiny_run, tmp_path / "student", str(write_image_set(tmp_path / "val")))
+    run = trained("test_resnet", tiny_run, tmp_path / "student", f"validation={write_image_set(tmp_path / 'val')}")
     export(run, str(tmp_path / "out"))
     assert "Not evaluated yet" in (tmp_path / "out" / CARD).read_text()
     write_image_set(tmp_path / "sets" / "sketch", images=20)
@@ -89,6 +91,24 @@ def test_exports_repeat_to_the_byte(tiny_run: Path, tmp_path: Path) -> None:
     for name in (CONFIG, WEIGHTS, CARD):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert json.loads((tmp_path / "a" / CONFIG).read_text())["label_names"] == run.info().classes
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, CARD])
+def test_what_others_have_there_is_not_overwritten(student: StudentDir, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"^{tmp_path / name}: is not of an earlier export of this student; choose an empty folder"):
+        export(student, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "{}"
+
+
+def test_an_export_is_replaced_by_the_same_student_alone(student: StudentDir, tiny_run: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        export(student, str(tmp_path / "out"))
+    (tmp_path / "out" / WEIGHTS).unlink()  # as if it had been killed in between
+    export(student, str(tmp_path / "out"))
+    other = trained("test_resnet", tiny_run, tmp_path / "other", "seed=1")
+    with pytest.raises(UserError, match=r"config\.json: is not of an earlier export of this student"):
+        export(other, str(tmp_path / "out"))
 
 
 def test_a_run_without_a_finished_epoch_is_a_user_error(tmp_path: Path) -> None:

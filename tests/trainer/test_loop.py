@@ -289,6 +289,9 @@ def test_a_start_that_failed_does_not_stand_in_the_way(tiny_run: Path, tmp_path:
     out = tmp_path / "student"
     train(recipe(tiny_run, "epochs=1"), str(out))
     (out / LAST).unlink()
+    with pytest.raises(UserError, match="another recipe"):  # the best weights are there
+        train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(out))
+    (out / BEST).unlink()
     train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(out))
     with pytest.raises(UserError, match="'adamw'"):
         train(recipe(tiny_run, "optimizer.name=adamww"), str(tmp_path / "other"))
