@@ -16,7 +16,8 @@ ARGS ?=
 LAUNCHER ?=
 WORKERS ?=
 N ?= 50
-LEARN = $(addprefix --recipe ,$(RECIPE)) $(addprefix --student ,$(STUDENT)) $(addprefix --shards ,$(or $(SHARDS),$(filter-out data/demo,$(OUT))))
+FROM = $(or $(SHARDS),$(filter-out data/demo,$(OUT)))
+LEARN = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(STUDENT),--student "$(STUDENT)") $(if $(FROM),--shards "$(FROM)")
 # Two busy processes on the same cores would otherwise spin against each other, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 RENDITIONS := data/renditions
@@ -42,14 +43,14 @@ renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (t
 
 # The demo composes its own images; any other recipe brings DATA.
 shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
-	@$(RUN) -m pipeline generate --recipe $(or $(RECIPE),demo) --out $(OUT) $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
+	@$(RUN) -m pipeline generate --recipe "$(or $(RECIPE),demo)" --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
 		$(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
-	@$(RUN) -m pipeline status $(OUT) $(ARGS)
+	@$(RUN) -m pipeline status "$(OUT)" $(ARGS)
 
 verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
-	@$(RUN) -m pipeline verify $(OUT) $(ARGS)
+	@$(RUN) -m pipeline verify "$(OUT)" $(ARGS)
 
 # The demo's students learn from the demo's shards and are validated on its images: make those first.
 DEMO := $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo data/demo/,$(SHARDS) $(OUT)),,$(RENDITIONS)/sketch-unseen/done data/demo/manifest.parquet)
@@ -64,13 +65,13 @@ compare: ## train plain, KD and DAD students with one seed, then eval
 	@$(MAKE) --no-print-directory eval
 
 eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in runs/ on every image set, as a table and a picture
-	@$(RUN) -m trainer eval runs --data $(if $(DATA),$(DATA),$(RENDITIONS)) $(ARGS)
+	@$(RUN) -m trainer eval runs --data "$(or $(DATA),$(RENDITIONS))" $(ARGS)
 
 demo-table: $(VENV)/ready $(DEMO) ## 3 seeds of plain, KD and DAD (about an hour on two cores)
 	@$(RUN) -m trainer demo-table $(LEARN) $(ARGS)
 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
-	@$(RUN) -m pipeline.benchmark --recipe $(or $(RECIPE),demo) $(if $(DATA),--set source.data=$(DATA)) $(ARGS)
+	@$(RUN) -m pipeline.benchmark --recipe "$(or $(RECIPE),demo)" $(if $(DATA),--set source.data="$(DATA)") $(ARGS)
 
 bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
@@ -80,7 +81,7 @@ bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live 
 
 export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
-	@$(RUN) -m trainer export $(RUN_DIR) $(or $(EXPORT),$(RUN_DIR)/export) $(ARGS)
+	@$(RUN) -m trainer export "$(RUN_DIR)" "$(or $(EXPORT),$(RUN_DIR)/export)" $(ARGS)
 
 test: $(VENV)/ready ## the test suite, in up to four processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)

@@ -94,7 +94,7 @@ def as_overrides(named: Mapping[str, object]) -> list[str]:
 
 
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override one field of the recipe, e.g. attack.eps=0.2. Repeatable."
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override one field of the recipe, e.g. seed=1. Repeatable."
 )
 
 

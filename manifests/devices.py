@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,9 +22,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not usable here ({str(error).splitlines()[0][:120]})") from error
+        raise UserError(f"device: {name!r} is not usable here ({one_line(error)}); set device=auto, or cpu") from error
     return device
 
 

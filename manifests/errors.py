@@ -1,5 +1,7 @@
 """The exceptions that a user is meant to see, and those of libraries in as many words as fit beside them."""
 
+import textwrap
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do.
@@ -17,5 +19,5 @@ class Unwritable(UserError):
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """What an exception of a library says, without its line breaks, at most ``limit`` characters: the reason within a UserError."""
-    return " ".join(str(error).split())[:limit]
+    """What an exception of a library says, in at most ``limit`` characters and whole words: the reason within a UserError."""
+    return textwrap.shorten(str(error), limit, placeholder=" …")

@@ -52,7 +52,7 @@ def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] 
         raise UserError(f"{path}: not a plain YAML file: {one_line(error, 300)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(tree).__name__}")
-    return make_recipe(cls, apply_overrides(tree, overrides), str(path))
+    return make_recipe(cls, apply_overrides(tree, overrides), str(path), overrides)
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -63,16 +63,17 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     return changed
 
 
-def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str) -> R:
-    """Validate a mapping as a recipe of class ``cls``; ``where`` names it in messages."""
-    _refuse_unknown(cls, tree, where, "")
+def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> R:
+    """Validate a mapping as a recipe of class ``cls``; ``where`` names it in messages, but for fields that came from ``overrides``."""
+    _refuse_unknown(cls, tree, where, "", overrides)
     try:
         return pydantic.TypeAdapter(cls).validate_python(dict(tree))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        raise UserError(f"{where}: {field}: {first['msg'][0].lower()}{first['msg'][1:]}{got}") from error
+        place = "--set " if _comes_from(field, overrides) else f"{where}: "
+        raise UserError(f"{place}{field}: {first['msg'][0].lower()}{first['msg'][1:]}{got}") from error
 
 
 def as_tree(recipe: Any) -> dict[str, Any]:
@@ -121,16 +122,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _find(name: str, folder: Path) -> Path:
     for path in (Path(name), folder / f"{name}.yaml"):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path
     names = sorted(path.stem for path in folder.glob("*.yaml"))
-    raise UserError(f"recipe {name!r}: no such file, and no recipe of that name{nearest(name, names)}")
+    what = "is a folder" if Path(name).is_dir() else "no such file"
+    raise UserError(f"recipe {name!r}: {what}, and no recipe of that name{nearest(name, names)}")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
     field, separator, text = override.partition("=")
     if not separator or not field:
-        raise UserError(f"--set {override}: write it as field=value, for example attack.eps=0.2")
+        raise UserError(f"--set {override}: write it as field=value, for example seed=1")
     *parents, last = field.strip().split(".")
     node = tree
     for parent in parents:
@@ -144,13 +146,19 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
 
 
-def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str) -> None:
+def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, overrides: Sequence[str]) -> None:
     hints = typing.get_type_hints(cls)
     for name, value in tree.items():
         if name not in hints:
-            raise UserError(f"{where}: unknown field {prefix + str(name)!r}{nearest(str(name), list(hints))}")
+            place = "--set" if _comes_from(f"{prefix}{name}", overrides) else where
+            raise UserError(f"{place}: unknown field {prefix + str(name)!r}{nearest(str(name), list(hints))}")
         if isinstance(value, Mapping) and (child := _dataclass_in(hints[name])):
-            _refuse_unknown(child, value, where, f"{prefix}{name}.")
+            _refuse_unknown(child, value, where, f"{prefix}{name}.", overrides)
+
+
+def _comes_from(field: str, overrides: Sequence[str]) -> bool:
+    """Whether one of them sets the field, or the part of the tree that it is in; else it is the file's."""
+    return any(f"{field}.".startswith(f"{override.partition('=')[0].strip()}.") for override in overrides)
 
 
 def _dataclass_in(hint: Any) -> Any:

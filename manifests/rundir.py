@@ -79,13 +79,16 @@ class RunDir:
         """Read run.json. Raises UserError when it is missing, damaged or of another format."""
         try:
             data = self.store.read(RUN)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except NotADirectoryError as error:
+            raise UserError(f"{self.store}: is a file, not a run directory; name the folder that holds {RUN}") from error
+        except FileNotFoundError as error:
             where = f"make one with `make shards OUT={self.store}`"
             raise UserError(f"{self.store}: no run directory here (no {RUN}); {where}") from error
         try:
             tree = json.loads(data)
             if tree.get("format") != FORMAT:
-                raise UserError(f"{self.store.where(RUN)}: format {tree.get('format')!r}, this version reads format {FORMAT}")
+                what = f"format {tree.get('format')!r}, this version reads format {FORMAT}"
+                raise UserError(f"{self.store.where(RUN)}: {what}; restore it or make the run anew")
             return pydantic.TypeAdapter(RunInfo).validate_json(data, strict=True)
         except (ValueError, TypeError, AttributeError) as error:
             reason = one_line(error)

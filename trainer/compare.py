@@ -50,7 +50,8 @@ def find_runs(paths: Sequence[str]) -> list[StudentDir]:
     found: list[StudentDir] = []
     for path in map(Path, paths):
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder; train a student first with `make train`")
+            what = "is a file, not a student's directory" if path.exists() else "no such folder"
+            raise UserError(f"{path}: {what}; train a student first with `make train`")
         inside = [path] if (path / STUDENT_INFO).exists() else sorted(p.parent for p in path.rglob(STUDENT_INFO))
         found += [StudentDir(p) for p in inside if p.resolve() not in {run.path.resolve() for run in found}]
     if not found:
@@ -88,7 +89,7 @@ def compare(paths: Sequence[str], data: Path, out: str) -> None:
         except UserError as error:
             click.echo(f"{run}: left out: {error}", err=True)
     if not results:
-        raise UserError(f"{data}: no student here could be scored on these image sets; set --data, or train them again")
+        raise UserError(f"{data}: no student could be scored on these image sets, for the reasons above; set --data, or train them again")
     click.echo(write_report(with_reference(list(results.values())), out, "Students compared"))
     click.echo(f"written to {out}/report.md and {out}/report.png")
 

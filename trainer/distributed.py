@@ -6,6 +6,7 @@ Alone, every function here does nothing. Gradients and numbers travel by gloo on
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import warnings
@@ -62,6 +63,7 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
         watch.leave()
     except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once; there are seconds left to say why
         # An interrupt may come from the user, to all, or from torchrun, to those who are left.
         broken, interrupted = is_broken_connection(error), isinstance(error, KeyboardInterrupt)
         missing = watch.roll_call() if broken or interrupted else []

@@ -51,7 +51,7 @@ def check_set(folder: Path, classes: list[str]) -> None:
     set_tars(folder)
     if classes_of(folder) not in (None, classes):
         found = folder.parent / CLASSES
-        raise UserError(f"{folder}: is of another class list than the shards ({found}); set another validation set, or validation=null")
+        raise UserError(f"{folder}: is of another class list than the shards ({found})")
 
 
 def classes_of(folder: Path) -> list[str] | None:
@@ -69,7 +69,7 @@ def set_tars(folder: Path) -> list[Path]:
     _refuse_url(folder)
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise UserError(f"{folder}: no image set here (no *.tar); `make renditions` composes the demo's")
+        raise UserError(f"{folder}: no image set here (no *.tar; `make renditions` composes the demo's)")
     return tars
 
 

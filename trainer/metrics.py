@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import math
 import os
@@ -90,12 +91,16 @@ class Log:
             self._wandb.finish()
 
 
+def check_wandb(recipe: Recipe) -> None:
+    """Raises UserError when the recipe wants Weights & Biases and it is not installed."""
+    if recipe.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb: is not installed; pip install '.[wandb]', or --set wandb=null")
+
+
 def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:
     """A run that keeps its identity when it is resumed; on disk alone unless WANDB_MODE says otherwise."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb: is not installed; pip install '.[wandb]', or --set wandb=null") from error
+    import wandb
+
     return wandb.init(
         project=project,
         name=folder.name,

@@ -19,6 +19,7 @@ from shards import TrainingReader
 from . import distributed
 from .checkpoint import LAST, Progress, StudentDir, describe
 from .evaluate import check_set
+from .metrics import check_wandb
 from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer
 from .recipe import Recipe
@@ -87,7 +88,10 @@ def prepare(recipe: Recipe, out: str) -> Training:
     try_out(student, min(2, _smallest_part(recipe, reader)), side, device, bf16=bf16)
     optimizer = create_optimizer(student.model, recipe.optimizer)
     if recipe.validation is not None:
-        check_set(Path(recipe.validation), reader.classes)
+        try:
+            check_set(Path(recipe.validation), reader.classes)
+        except UserError as error:
+            raise UserError(f"validation: {error}; set another, or validation=null") from error
     directory = StudentDir(out)
     if distributed.is_first():
         directory.claim(describe(recipe, student, reader.classes, side, info.fingerprint))
@@ -198,7 +202,10 @@ def _smallest_part(recipe: Recipe, reader: TrainingReader) -> int:
 
 
 def _check(recipe: Recipe, reader: TrainingReader) -> None:
-    """Raises UserError for a recipe that does not go with its shards."""
+    """Raises UserError for a recipe that does not go with its shards or this machine."""
+    check_wandb(recipe)
+    for dataset in reader.datasets.values():
+        dataset.pixels(0, dataset.read(0))  # labels without images, or images that cannot be read, are told before anything begins
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
         raise UserError(
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "

@@ -6,7 +6,6 @@ A collective by itself would wait for a dead rank until its timeout, and every r
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -83,7 +82,6 @@ class Watch:
 
     def roll_call(self) -> list[int]:
         """Ranks that do not answer any more, after a connection broke or an interrupt came."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once; there are seconds left to say why
         missing = list(range(self.place.world))
         started = time.monotonic()
         try:

@@ -93,7 +93,7 @@ def test_refusals(folder: Path, override: str, message: str, monkeypatch: pytest
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(Car, "city", folder, [override])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("--set")
     assert not (folder / "pwned").exists()
 
 
@@ -114,7 +114,7 @@ def test_unknown_recipe_names(folder: Path) -> None:
         load_recipe(Car, "trucks", folder)
     with pytest.raises(UserError, match=r"recipe 'zzz': .*; known: city, truck"):
         load_recipe(Car, "zzz", folder)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is a folder"):
         load_recipe(Car, str(folder), folder)
 
 

@@ -33,7 +33,7 @@ def test_a_damaged_student_is_left_out_with_its_reason(runs: Path, tmp_path: Pat
     assert "first: left out: " in told.err and f"{BEST}: not a readable checkpoint" in told.err and "second: left out" not in told.err
     assert "| test_resnet dad | 1 |" in (tmp_path / "reports" / "report.md").read_text()
     (runs / "second" / BEST).write_bytes(b"damaged")
-    with pytest.raises(UserError, match="no student here could be scored"):
+    with pytest.raises(UserError, match="no student could be scored"):
         compare([str(runs)], tmp_path / "data", str(tmp_path / "again"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -91,6 +92,7 @@ def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> Non
     labels_only = write_run(tmp_path / "labels", clean_images=False)
     with pytest.raises(UserError, match="hold labels only, without images; name the folder of your own image tars"):
         train(recipe(labels_only, "epochs=1"), str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
     train(recipe(labels_only, "epochs=1", f"images={tiny_run / 'clean'}", "workers=1"), str(tmp_path / "joined"))
     train(recipe(tiny_run, "epochs=1"), str(tmp_path / "stored"))
     assert_equal_runs(tmp_path / "joined", tmp_path / "stored")
@@ -300,9 +302,9 @@ def test_a_start_that_failed_does_not_stand_in_the_way(tiny_run: Path, tmp_path:
 def test_validation_set_of_another_class_list_is_refused_before_the_first_step(tiny_run: Path, tmp_path: Path) -> None:
     validation = write_image_set(tmp_path / "sets" / "val")
     (tmp_path / "sets" / "classes.json").write_text('["some", "other", "names"]')
-    with pytest.raises(UserError, match="another class list"):
+    with pytest.raises(UserError, match=r"^validation: .*/val: is of another class list .*; set another, or validation=null"):
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
-    with pytest.raises(UserError, match="no image set here"):
+    with pytest.raises(UserError, match=r"^validation: .*/nowhere: no image set here .*; set another, or validation=null"):
         train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))
 
 
@@ -341,6 +343,15 @@ def test_counts_are_written_in_full() -> None:
 def test_more_parts_than_samples_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="accumulate: 6 parts"):
         train(recipe(tiny_run, "accumulate=6"), str(tmp_path / "student"))
+
+
+def test_wandb_that_is_not_installed_is_told_before_anything_begins(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^wandb: is not installed; pip install '\.\[wandb\]', or --set wandb=null"):
+        train(recipe(tiny_run, "wandb=some-project"), str(tmp_path / "student"))
+    assert not (tmp_path / "student").exists()
 
 
 def test_wandb_logs_offline(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

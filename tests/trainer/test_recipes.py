@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,10 @@ def test_make_leaves_the_choice_to_the_command() -> None:
         "STUDENT=resnet50": "--student resnet50",
         "RECIPE=resnet50 OUT=/data/dad": "--recipe resnet50 --shards /data/dad",
         "STUDENT=resnet18 SEED=3": "--student resnet18 --seed 3",
+        "STUDENT=resnet18 'SHARDS=my shards'": "--student resnet18 --shards 'my shards'",
     }.items():
-        planned = subprocess.run(["make", "-n", "train", *given.split()], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
+        planned = subprocess.run(
+            ["make", "-n", "train", *shlex.split(given)], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True
+        )
         (line,) = [line for line in planned.stdout.splitlines() if "trainer train" in line]
-        assert line.partition("trainer train")[2].split() == words.split()
+        assert shlex.split(line.partition("trainer train")[2]) == shlex.split(words)
