@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,17 +162,21 @@ class TrainingReader:
         (seed, epoch, stream, key): what it makes of a sample does not depend on the batch, the workers or the ranks.
         pin: deliver batches in page-locked memory, for a GPU.
         """
-        loader: DataLoader[Any] = DataLoader(
-            _EpochBatches(self, epoch, transform),
-            sampler=range(start, self.steps),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self.read_ahead(workers) // workers if workers else None,
-            pin_memory=pin,
-            worker_init_fn=_end_with_the_parent_alone,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares the plan; newer Pythons do otherwise
-        )
-        for batch in loader:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores, for each epoch anew
+            loader: DataLoader[Any] = DataLoader(
+                _EpochBatches(self, epoch, transform),
+                sampler=range(start, self.steps),  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=self.read_ahead(workers) // workers if workers else None,
+                pin_memory=pin,
+                worker_init_fn=_end_with_the_parent_alone,
+                # It shares the plan; newer Pythons do otherwise
+                multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            )
+            batches = iter(loader)
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch

@@ -14,6 +14,7 @@ from manifests.recipe import make_recipe, nearest
 from .ledger import IGNORED, Models, measure, table, whole_bursts
 from .options import choice_options, chosen
 from .recipe import Recipe, load
+from .student import check_name
 
 
 @click.group(cls=ProjectGroup, invoke_without_command=True, subcommand_metavar="", context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,6 +35,7 @@ def main(
     """Measure every way of training in turn, as ratios to plain training, loading included."""
     recipe, named = chosen(recipe, student, shards)
     settings = load(recipe, [*named, *overrides])
+    check_name(settings.student)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from manifests import UserError
-from manifests.devices import use_bf16
+from manifests.devices import usable_cores, use_bf16
 from shards import TrainingReader
 
 from . import distributed
@@ -204,6 +204,9 @@ def _smallest_part(recipe: Recipe, reader: TrainingReader) -> int:
 def _check(recipe: Recipe, reader: TrainingReader) -> None:
     """Raises UserError for a recipe that does not go with its shards or this machine."""
     check_wandb(recipe)
+    if recipe.workers > usable_cores() and distributed.is_first():
+        cores = usable_cores()
+        click.echo(f"note: workers: {recipe.workers} loader processes on {cores} cores; workers={cores} takes less memory", err=True)
     for dataset in reader.datasets.values():
         dataset.pixels(0, dataset.read(0))  # labels without images, or images that cannot be read, are told before anything begins
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):

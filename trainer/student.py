@@ -32,6 +32,12 @@ class Student(nn.Module):
         return logits
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for a model that timm does not know."""
+    if not timm.is_model(name):
+        raise UserError(f"student: timm knows no model {name!r}{nearest(name, timm.list_models())}")
+
+
 def create_student(
     name: str, classes: int, side: int, *, pretrained: str | None = None, drop_path: float = 0.0, dropout: float = 0.0
 ) -> Student:
@@ -41,8 +47,7 @@ def create_student(
     pretrained: see `Recipe.pretrained`; None: random weights.
     Raises UserError for a name that timm does not know, weights that do not fit, or an option that the model does not have.
     """
-    if not timm.is_model(name):
-        raise UserError(f"student: timm knows no model {name!r}{nearest(name, timm.list_models())}")
+    check_name(name)
     options: dict[str, Any] = {"num_classes": classes}
     if drop_path:
         options["drop_path_rate"] = drop_path

@@ -162,7 +162,6 @@ def test_a_cache_that_is_too_small_is_refused(server: Server) -> None:
         TarCache(100).fetch(Store(server.url), tar)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_smallest_cache_fetches_every_tar_once(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """Workers that are a window apart, two streams whose windows end at different steps: nobody's tars are thrown out under them."""
     server = Server(make_run(tmp_path / "many", sizes=(12,) * 20))
