@@ -1,4 +1,4 @@
-"""``python -m shards``: how fast this machine reads shards."""
+"""``python -m shards``: how fast this machine reads shards, and what shorter soft labels would lose."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ def bench(images: int, shards: int, workers: str, repeats: int, samples: int) ->
     """Compare a bare tar loop, webdataset, ImageFolder and this reader, and time the plan of a large run."""
     from .benchmark import PLANNED, measure, measure_plan
 
-    try:
-        numbers = tuple(int(number) for number in workers.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{workers!r} is no list of numbers such as 0,1,2", param_hint="--workers") from error
+    numbers = _numbers(workers, "--workers")
     if not 0 <= min(numbers) <= max(numbers) <= shards:
         raise click.BadParameter(f"{workers}: from 0 to {shards}, so that each has a tar; raise --shards for more", param_hint="--workers")
     if 0 < samples < PLANNED:
@@ -44,6 +41,24 @@ def bench(images: int, shards: int, workers: str, repeats: int, samples: int) ->
         measure(images, shards, numbers, repeats)
         if samples:
             measure_plan(samples, max(samples // 1000, 1))
+
+
+@main.command()
+@click.argument("run", metavar="[RUN]", required=False)
+@click.option("--k", "ks", default="10,50,200", show_default=True, metavar="K,K,…", help="Logits to keep.")
+@click.option("--temperature", default=4.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
+def topk(run: str | None, ks: str, temperature: float) -> None:
+    """Say what soft labels would lose if RUN had been made with views.topk=K. Without RUN: those of a teacher like a zero-shot CLIP."""
+    from .shortening import show
+
+    show(run, _numbers(ks, "--k"), temperature)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,2,4", param_hint=option) from error
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
 from manifests import UserError
 from shards import ShardDataset, TrainingReader, ViewSettings, decode_image, draw_views, replay, soft_label_members
+from shards.__main__ import main
 from shards.codec import decode_array, encode_array
+from shards.shortening import clip_like, compare, soft_labels_of
 from shards.views import VIEW, expand, shorten, view_of_epoch
 
 CLASSES, SIDE, VIEWS = 5, 8, 3
@@ -142,17 +145,10 @@ def softened(logits: np.ndarray, temperature: float) -> torch.Tensor:
     return F.softmax(torch.from_numpy(logits).double() / temperature, dim=-1)
 
 
-def realistic_logits(rows: int, classes: int = 1000) -> np.ndarray:
-    """A zero-shot CLIP's: cosines of -0.05 to 0.35 times 100, of correlated class names."""
-    rng = np.random.default_rng(0)
-    groups = rng.normal(size=(rows, classes // 20)).repeat(20, axis=1)
-    return (17 + 2.0 * groups + 1.5 * rng.normal(size=(rows, classes)) + 8 * (np.arange(classes) == 7)).astype(np.float16)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_top_k_keeps_probabilities_and_the_rest(temperature: float) -> None:
     """At the stored temperatures the k probabilities are the teacher's, and the others have its remaining mass."""
-    logits = realistic_logits(20)
+    logits = clip_like(20)
     records = shorten(logits, 10, (1.0, 4.0))
     found, full = softened(expand(records, 1000, temperature), temperature), softened(logits, temperature)
     top = torch.from_numpy(records["classes"].astype(np.int64))
@@ -161,8 +157,8 @@ def test_top_k_keeps_probabilities_and_the_rest(temperature: float) -> None:
 
 
 def test_error_of_a_distillation_loss_from_top_k() -> None:
-    """KL at T = 4 to a student, from top-k records and from all logits. Without the mass of the rest it would be far off."""
-    teacher, rng = realistic_logits(200), np.random.default_rng(1)
+    """Of its gradient at T = 4: top-k records against all logits. Without the mass of the rest it would be far off."""
+    teacher, rng = clip_like(200), np.random.default_rng(1)
     student = F.log_softmax(torch.from_numpy(teacher + 2 * rng.normal(size=teacher.shape)) / 4, dim=1)
 
     def gradient_error(soft: torch.Tensor) -> float:
@@ -195,3 +191,18 @@ def test_top_k_in_a_run(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"views\.topk: 5 of 5 classes"):
         shorten(np.zeros((1, CLASSES), np.float16), 5, (4.0,))
     assert math.isclose(float(softened(expand(shorten(np.zeros((1, 4), np.float16), 1, (4.0,)), 4, 4.0), 4).sum()), 1)
+
+
+def test_what_shortening_loses_is_told(plain_run: Path) -> None:
+    """Less with every logit that is kept, and nothing with all but one; of a run's own labels, and of a teacher like CLIP."""
+    logits = clip_like(50)
+    errors = [compare(logits, k, 4.0) for k in (10, 50, 200, 999)]
+    for student in ("untrained", "near"):
+        off, alike = zip(*(found[student] for found in errors), strict=True)
+        assert sorted(off, key=abs, reverse=True) == list(off) and sorted(alike) == list(alike), student
+        assert off[-1] == pytest.approx(0, abs=1e-4) and alike[-1] == pytest.approx(1)
+    told = CliRunner().invoke(main, ["topk", str(plain_run), "--k", "1,4"])
+    assert told.exit_code == 0 and told.output.count("\n| 1 |") == 1 and "| 4 |" in told.output
+    assert soft_labels_of(str(plain_run)).shape[1] == CLASSES
+    told = CliRunner().invoke(main, ["topk", str(plain_run), "--k", "5"])
+    assert told.exit_code == 2 and "--k: 5: there are 5 classes; from 1 to 4" in told.output

@@ -1,0 +1,87 @@
+"""What soft labels lose when they are shortened to the top k (`ViewSettings.topk`): the error of the distillation loss and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from manifests import UserError
+from manifests.progress import progress
+
+from .codec import encode_array
+from .dataset import ShardDataset
+from .views import expand, shorten
+
+SAMPLES = 1000
+
+
+def soft_labels_of(url: str) -> np.ndarray:
+    """float16 logits [N, classes] of up to `SAMPLES` clean images of a run. Raises UserError where the run stores the top k itself."""
+    dataset = ShardDataset(url, "clean")
+    places = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset)), dtype=int)
+    with progress(len(places), "reading", "label", quick=True) as bar:
+        rows = []
+        for place in places.tolist():
+            logits = dataset.read(place).logits
+            if logits.dtype != np.float16:
+                raise UserError(f"{url}: stores shortened labels, which cannot be compared with whole ones; name a run of full logits")
+            rows.append(logits.reshape(-1, logits.shape[-1])[0])  # of several views, the first
+            bar.update()
+    return np.stack(rows)
+
+
+def clip_like(rows: int = 200, classes: int = 1000) -> np.ndarray:
+    """float16 logits as a zero-shot CLIP gives them: cosines of -0.05 to 0.35 times 100, of names that come in groups of alike ones."""
+    rng = np.random.default_rng(0)
+    groups = rng.normal(size=(rows, classes // 20)).repeat(20, axis=1)
+    return (17 + 2.0 * groups + 1.5 * rng.normal(size=(rows, classes)) + 8 * (np.arange(classes) == 7)).astype(np.float16)
+
+
+def students_of(teacher: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits of students on their way to a teacher's [N, classes]: one that knows nothing, one half-way, one that comes near."""
+    noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(0), dtype=teacher.dtype)
+    noise *= teacher.std(dim=1, keepdim=True) / 2
+    return {"untrained": torch.zeros_like(teacher), "half-way": teacher / 2 + noise, "near": teacher + noise}
+
+
+def kl_and_gradient(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[float, torch.Tensor]:
+    """KL(teacher || student) at a temperature, mean over the rows, and its gradient by the student's logits (softmax q - p)."""
+    log_q, log_p = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(), log_q.exp() - log_p.exp()
+
+
+def compare(logits: np.ndarray, k: int, temperature: float) -> Mapping[str, tuple[float, float]]:
+    """By student: error of the KL relative to that of all logits, and cosine between the two gradients."""
+    records = shorten(logits, k, (temperature,))
+    whole, short = (torch.from_numpy(z.astype(np.float64)) for z in (logits, expand(records, logits.shape[1], temperature)))
+    found = {}
+    for name, student in students_of(whole).items():
+        (exact, way), (value, other) = (kl_and_gradient(student, teacher, temperature) for teacher in (whole, short))
+        found[name] = (value / exact - 1, F.cosine_similarity(way.flatten(), other.flatten(), dim=0).item())
+    return found
+
+
+def show(url: str | None, ks: Sequence[int], temperature: float) -> None:
+    """Print the table of the command line."""
+    logits = clip_like() if url is None else soft_labels_of(url)
+    if wrong := [k for k in ks if not 0 < k < logits.shape[1]]:
+        raise UserError(f"--k: {wrong[0]}: there are {logits.shape[1]} classes; from 1 to {logits.shape[1] - 1}")
+    what = "a teacher like a zero-shot CLIP over ImageNet's classes" if url is None else url
+    click.echo(
+        f"{what}: {len(logits)} labels of {logits.shape[1]} classes, T = {temperature:g}; error of the KL, cosine of the gradients\n"
+    )
+    full = len(encode_array(logits[0]))
+    click.echo(
+        "| k | bytes of a label | mass of the rest | " + " | ".join(students_of(torch.zeros(1, 2))) + " |\n|---|---|---|---|---|---|"
+    )
+    for k in ks:
+        records = shorten(logits, k, (temperature,))
+        size = len(encode_array(records[:1]))
+        z = logits.astype(np.float64) / temperature
+        rest = np.exp(records["rest"][:, 0] - np.logaddexp.reduce(z, axis=1)).mean()
+        cells = [f"{error:+.0%}, {cosine:.2f}" for error, cosine in compare(logits, k, temperature).values()]
+        click.echo(f"| {k} | {size} ({size / full:.2f} of all) | {rest:.0%} | {' | '.join(cells)} |")
