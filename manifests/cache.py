@@ -51,13 +51,14 @@ def lock(folder: Path, name: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
-        if file in _open:
-            _open.remove(file)
-            os.close(file)
+        with _forking:
+            if file in _open:
+                _open.remove(file)
+                os.close(file)
 
 
 _open: set[int] = set()  # files of locks that threads of this process hold or wait for
-_forking = threading.Lock()  # no fork between the opening of one and its entry above
+_forking = threading.Lock()  # no fork between the opening or closing of one and its entry above
 
 
 def _close_in_child() -> None:

@@ -19,5 +19,7 @@ class Unwritable(UserError):
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """What an exception of a library says, in at most ``limit`` characters and whole words: the reason within a UserError."""
-    return textwrap.shorten(str(error), limit, placeholder=" …")
+    """What an exception of a library says, in one line of at most ``limit`` characters, if it can be in whole words."""
+    text = " ".join(str(error).split())
+    short = textwrap.shorten(text, limit, placeholder=" …")
+    return short if 2 * len(short) > limit or short == text else text[: limit - 1] + "…"

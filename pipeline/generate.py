@@ -264,5 +264,5 @@ def _first_error(table: pa.Table) -> dict[str, Any]:
 def recipe_of(run: RunDir, overrides: tuple[str, ...]) -> tuple[Recipe, ClassList]:
     """The recipe that a run was made with, with overrides (for paths that differ here), and its class list."""
     tree = apply_overrides(run.info().recipe, overrides)
-    recipe = make_recipe(Recipe, tree, run.store.where(RUN))
+    recipe = make_recipe(Recipe, tree, run.store.where(RUN), overrides)
     return recipe, find_classes(recipe.source.classes)[0]

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ class TrainingReader:
                 # It shares the plan; newer Pythons do otherwise
                 multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             )
-            batches = iter(loader)
+            with _not_to_be_ended():
+                batches = iter(loader)
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
@@ -188,18 +190,29 @@ class TrainingReader:
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
 
 
+@contextmanager
+def _not_to_be_ended() -> Iterator[None]:
+    """SIGTERM waits: processes that are forked inside the block are born with it blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_the_parent_alone(_worker: int) -> None:
-    """Of a loader process: SIGTERM from anyone but its parent is not obeyed.
+    """Of a loader process: SIGTERM from anyone but its parent is not obeyed, as long as it has one.
 
     torchrun and Slurm send it to all processes of a job, and the trainer needs batches to finish its step with.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()
 
     def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
             pass
         os._exit(0)
 

@@ -62,7 +62,7 @@ def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
     """Score students on every evaluation set and set them side by side. RUNS: student directories, or folders of them [default: runs]."""
     from .compare import compare
 
-    compare(runs or ("runs",), data, out)
+    compare(runs or ("runs",), data.expanduser(), out)
 
 
 @main.command("export")
@@ -91,7 +91,7 @@ def table(
     from .compare import demo_table
 
     recipe, named = chosen(recipe, student, shards)
-    demo_table(recipe, seeds, out, data, [*named, *overrides])
+    demo_table(recipe, seeds, out, data.expanduser(), [*named, *overrides])
 
 
 add_recipe_command(main, load)

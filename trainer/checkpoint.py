@@ -61,8 +61,8 @@ class StudentDir:
     def __init__(self, path: str | Path) -> None:
         if "://" in str(path):  # safetensors and TensorBoard know files alone
             raise UserError(f"{path}: a student's directory is a local folder, not a URL; name a folder")
-        self.store = Store(path)
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
+        self.store = Store(self.path)
 
     def __str__(self) -> str:
         return str(self.path)

@@ -48,7 +48,7 @@ def result_of(directory: StudentDir, data: Path) -> Result:
 def find_runs(paths: Sequence[str]) -> list[StudentDir]:
     """Student directories: those named, or below folders that are named. Raises UserError when there are none."""
     found: list[StudentDir] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         if not path.is_dir():
             what = "is a file, not a student's directory" if path.exists() else "no such folder"
             raise UserError(f"{path}: {what}; train a student first with `make train`")

@@ -53,7 +53,7 @@ def _refuse_foreign(store: Store, made_from: dict[str, str]) -> None:
     except (FileNotFoundError, ValueError):
         own = False
     if not own:
-        raise UserError(f"{store.where(taken[0])}: is not of an earlier export of this student; choose an empty folder")
+        raise UserError(f"{store.where(taken[0])}: is not of an earlier export of this student (by this version); choose an empty folder")
 
 
 def timm_config(info: StudentInfo, model: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import math
 import os
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from manifests import UserError
+from manifests import UserError, one_line
 from manifests.recipe import as_tree, fingerprint
 from shards import Batch
 
@@ -92,9 +91,13 @@ class Log:
 
 
 def check_wandb(recipe: Recipe) -> None:
-    """Raises UserError when the recipe wants Weights & Biases and it is not installed."""
-    if recipe.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb: is not installed; pip install '.[wandb]', or --set wandb=null")
+    """Raises UserError when the recipe wants Weights & Biases and it is not installed, or not whole."""
+    if recipe.wandb is None:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"wandb: is not installed ({one_line(error)}); pip install '.[wandb]', or --set wandb=null") from error
 
 
 def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:

@@ -188,6 +188,7 @@ def mend_best(run: Training) -> None:
         click.echo(f"note: {error}", err=True)
         run.directory.save_best(run.result)
         run.at.best = -1.0  # whatever the next epoch reaches
+        save(run)
 
 
 def images_a_step(reader: TrainingReader) -> str:

@@ -97,8 +97,8 @@ class Watch:
         return missing
 
     def _keep_watch(self) -> None:
-        """The thread: show life, listen for an error, look for ranks that fell silent: rank 0 for any, rank 1 for rank 0."""
-        others = {0: range(1, self.place.world), 1: range(1)}.get(self.place.rank, range(0))
+        """The thread: show life, listen for an error, look for ranks that fell silent: rank 0 for any, all for rank 0."""
+        others = range(1, self.place.world) if self.place.rank == 0 else range(1)
         beats: dict[int, tuple[bytes, int]] = {}
         while not self._over.wait(BEAT):
             self._beats += 1
@@ -111,7 +111,7 @@ class Watch:
                     silent = self._silent(others, beats)
             except RuntimeError:  # the store is gone, and rank 0 with it; the main thread may have met that already
                 if not self._over.wait(ROLL_CALL):
-                    _end(obituary([0]) if self.place.rank == 1 else None)
+                    _end(self._obituary_of_store())
                 return
             if self._heard:
                 if not self._over.wait(BEAT / 2):  # the main thread hangs in a collective
@@ -120,6 +120,10 @@ class Watch:
             if silent:
                 message = obituary(silent)
                 _end(message if self.speaks_first(message) else None)
+
+    def _obituary_of_store(self) -> str | None:
+        """What is said of rank 0 where no store can settle who says it: by one rank of each machine."""
+        return obituary([0]) if self.place.rank == 1 or self.place.local_rank == 0 else None
 
     def _silent(self, others: range, beats: dict[int, tuple[bytes, int]]) -> list[int]:
         """Ranks that have shown no life for long. ``beats``: the last sign of each, and the own beat at which it was new."""
@@ -136,7 +140,7 @@ class Watch:
         while not self._over.wait(BEAT):
             seen, rounds = self._beats, rounds + 1 if self._beats == seen else 0
             if rounds * BEAT > DEAF:
-                _end(obituary([0]) if self.place.rank == 1 else None)
+                _end(self._obituary_of_store())
 
 
 def open_store(address: str, port: int, place: Place) -> Store:
