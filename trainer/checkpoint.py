@@ -132,13 +132,10 @@ class StudentDir:
         weights = weights_of(student.model)
         self.store.write(BEST, _with_metadata(save(weights), {"format": "pt", "sha256": tensors_sha256(weights)}))
 
-    def load_student(self) -> Student:
-        """The best checkpoint as a model. Raises UserError when training has not got that far, or the file is damaged."""
-        info = self.info()
+    def best_weights(self) -> dict[str, torch.Tensor]:
+        """What `save_best` wrote. Raises UserError when training has not got that far, or the file is damaged."""
         if not self.store.exists(BEST):
             raise UserError(f"{self}: no {BEST} (no epoch is finished yet, or it was removed); run `make train` again")
-        # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
-        student = Student(create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std))
         try:
             weights = load_weights(self.path / BEST)
         except UserError as error:
@@ -147,6 +144,13 @@ class StudentDir:
             written = (file.metadata() or {}).get("sha256")
         if written not in (None, tensors_sha256(weights)):
             raise UserError(f"{self.store.where(BEST)}: its checksum is wrong (damaged or altered); {MEND}")
+        return weights
+
+    def load_student(self) -> Student:
+        """The best checkpoint as a model. Raises UserError as `info` and `best_weights` do, and when the two do not fit."""
+        info, weights = self.info(), self.best_weights()
+        # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
+        student = Student(create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std))
         try:
             student.model.load_state_dict(weights)
         except RuntimeError as error:

@@ -17,7 +17,7 @@ from manifests.devices import usable_cores, use_bf16
 from shards import TrainingReader
 
 from . import distributed
-from .checkpoint import LAST, Progress, StudentDir, describe
+from .checkpoint import BEST, LAST, Progress, StudentDir, describe
 from .evaluate import check_set
 from .metrics import check_wandb
 from .objectives import STREAMS, Objective
@@ -183,9 +183,10 @@ def mend_best(run: Training) -> None:
     if run.at.epoch == 0 or not distributed.is_first():
         return
     try:
-        run.directory.load_student()
-    except UserError as error:
-        click.echo(f"note: {error}", err=True)
+        run.directory.best_weights()
+    except UserError:
+        where = run.directory.store.where(BEST)
+        click.echo(f"note: {where}: missing or damaged; the weights of the last checkpoint take its place", err=True)
         run.directory.save_best(run.result)
         run.at.best = -1.0  # whatever the next epoch reaches
         save(run)
