@@ -6,13 +6,10 @@ The state of the reader is two integers, epoch and global batches consumed: `Tra
 from __future__ import annotations
 
 import math
-import os
-import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from manifests import RunInfo, Store, UserError
 
 from .cache import TarCache
 from .dataset import ShardDataset, StreamName
+from .loader_signals import end_with_the_parent_alone, not_to_be_ended
 from .plan import EpochPlan, classes_in_windows, cut, plan_epoch
 from .seeds import seeded_generator
 from .views import replay, view_of_epoch
@@ -172,11 +170,11 @@ class TrainingReader:
                 num_workers=workers,
                 prefetch_factor=self.read_ahead(workers) // workers if workers else None,
                 pin_memory=pin,
-                worker_init_fn=_end_with_the_parent_alone,
+                worker_init_fn=end_with_the_parent_alone,
                 # It shares the plan; newer Pythons do otherwise
                 multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             )
-            with _not_to_be_ended():
+            with not_to_be_ended():
                 batches = iter(loader)
         for batch in batches:
             if isinstance(batch, UserError):
@@ -188,35 +186,6 @@ class TrainingReader:
         side = self.side or self.canvas
         batch = 3 * side**2 * sum(self.samples.values()) // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // (batch * max(workers, 1))))
-
-
-@contextmanager
-def _not_to_be_ended() -> Iterator[None]:
-    """SIGTERM waits: processes that are forked inside the block are born with it blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_the_parent_alone(_worker: int) -> None:
-    """Of a loader process: SIGTERM from anyone but its parent is not obeyed, as long as it has one.
-
-    torchrun and Slurm send it to all processes of a job, and the trainer needs batches to finish its step with.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey, daemon=True).start()
 
 
 class _EpochBatches(Dataset[Any]):
