@@ -39,6 +39,21 @@ def writing_cache(folder: Path) -> Iterator[None]:
         raise Unwritable(f"{folder}: cannot keep a cache here ({reason}); {mend}") from error
 
 
+_open: set[int] = set()  # files of locks that threads of this process hold or wait for
+_forking = threading.Lock()  # no fork between the opening or closing of one and its entry above
+
+
+def _close_in_child() -> None:
+    """A forked process shares its parent's open files, and with them their locks, which the parent could not let go of any more."""
+    for file in _open:
+        os.close(file)
+    _open.clear()
+    _forking.release()
+
+
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_in_child)
+
+
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
     """One holder on this machine. The kernel lets go when the holder dies. Raises Unwritable where the folder cannot hold locks."""
@@ -55,18 +70,3 @@ def lock(folder: Path, name: str) -> Iterator[None]:
             if file in _open:
                 _open.remove(file)
                 os.close(file)
-
-
-_open: set[int] = set()  # files of locks that threads of this process hold or wait for
-_forking = threading.Lock()  # no fork between the opening or closing of one and its entry above
-
-
-def _close_in_child() -> None:
-    """A forked process shares its parent's open files, and with them their locks, which the parent could not let go of any more."""
-    for file in _open:
-        os.close(file)
-    _open.clear()
-    _forking.release()
-
-
-os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_in_child)

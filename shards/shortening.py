@@ -17,6 +17,7 @@ from .dataset import ShardDataset
 from .views import expand, shorten
 
 SAMPLES = 1000
+STUDENTS = ("untrained", "half-way", "near")  # on their way to the teacher
 
 
 def soft_labels_of(url: str) -> np.ndarray:
@@ -45,7 +46,7 @@ def students_of(teacher: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits of students on their way to a teacher's [N, classes]: one that knows nothing, one half-way, one that comes near."""
     noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(0), dtype=teacher.dtype)
     noise *= teacher.std(dim=1, keepdim=True) / 2
-    return {"untrained": torch.zeros_like(teacher), "half-way": teacher / 2 + noise, "near": teacher + noise}
+    return dict(zip(STUDENTS, (torch.zeros_like(teacher), teacher / 2 + noise, teacher + noise), strict=True))
 
 
 def kl_and_gradient(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[float, torch.Tensor]:
@@ -75,9 +76,7 @@ def show(url: str | None, ks: Sequence[int], temperature: float) -> None:
         f"{what}: {len(logits)} labels of {logits.shape[1]} classes, T = {temperature:g}; error of the KL, cosine of the gradients\n"
     )
     full = len(encode_array(logits[0]))
-    click.echo(
-        "| k | bytes of a label | mass of the rest | " + " | ".join(students_of(torch.zeros(1, 2))) + " |\n|---|---|---|---|---|---|"
-    )
+    click.echo("| k | bytes of a label | mass of the rest | " + " | ".join(STUDENTS) + " |\n|---|---|---|---|---|---|")
     for k in ks:
         records = shorten(logits, k, (temperature,))
         size = len(encode_array(records[:1]))

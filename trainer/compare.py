@@ -47,13 +47,15 @@ def result_of(directory: StudentDir, data: Path) -> Result:
 
 def find_runs(paths: Sequence[str]) -> list[StudentDir]:
     """Student directories: those named, or below folders that are named. Raises UserError when there are none."""
-    found: list[StudentDir] = []
+    places: dict[Path, StudentDir] = {}  # each once, also when it is named twice
     for path in (Path(path).expanduser() for path in paths):
         if not path.is_dir():
             what = "is a file, not a student's directory" if path.exists() else "no such folder"
             raise UserError(f"{path}: {what}; train a student first with `make train`")
         inside = [path] if (path / STUDENT_INFO).exists() else sorted(p.parent for p in path.rglob(STUDENT_INFO))
-        found += [StudentDir(p) for p in inside if p.resolve() not in {run.path.resolve() for run in found}]
+        for student in inside:
+            places.setdefault(student.resolve(), StudentDir(student))
+    found = list(places.values())
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no students here; train one with `make train`")
     finished = [run for run in found if (run.path / BEST).exists()]
