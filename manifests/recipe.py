@@ -157,8 +157,9 @@ def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, 
 
 
 def _comes_from(field: str, overrides: Sequence[str]) -> bool:
-    """Whether one of them sets the field, or the part of the tree that it is in; else it is the file's."""
-    return any(f"{field}.".startswith(f"{override.partition('=')[0].strip()}.") for override in overrides)
+    """Whether one of them sets the field, the part of the tree that it is in, or a field below it; else it is the file's."""
+    given = [f"{override.partition('=')[0].strip()}." for override in overrides]
+    return any(f"{field}.".startswith(name) or name.startswith(f"{field}.") for name in given)
 
 
 def _dataclass_in(hint: Any) -> Any:

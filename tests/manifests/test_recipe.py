@@ -82,6 +82,7 @@ def test_a_recipe_is_frozen_and_keyword_only(folder: Path) -> None:
         ("engine.power.more=1", r"--set engine\.power\.more=1: power is a value"),
         ("engine.power", r"--set engine\.power: write it as field=value"),
         ("=3", r"--set =3: write it as field=value"),
+        ("engin.power=3", r"unknown field 'engin'; did you mean 'engine'\?"),
         ("wheels=[1", r"--set wheels=\[1: '\[1' is not a YAML value"),
         ("engine.gears=!!python/object/apply:os.mkdir [pwned]", r"is not a YAML value"),
         ("wheels=2020-01-01", r"wheels: .*integer"),
