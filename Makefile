@@ -71,13 +71,13 @@ demo-table: $(VENV)/ready $(DEMO) ## 3 seeds of plain, KD and DAD (about an hour
 	@$(RUN) -m trainer demo-table $(LEARN) $(ARGS)
 
 bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
-	@$(RUN) -m pipeline.benchmark --recipe "$(or $(RECIPE),demo)" $(if $(DATA),--set source.data="$(DATA)") $(ARGS)
+	@$(RUN) -m pipeline.speed.benchmark --recipe "$(or $(RECIPE),demo)" $(if $(DATA),--set source.data="$(DATA)") $(ARGS)
 
 bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
 
 bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
-	@$(RUN) -m trainer.cost $(LEARN) $(ARGS)
+	@$(RUN) -m trainer.ledger.ledger.cost $(LEARN) $(ARGS)
 
 export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }

@@ -15,10 +15,10 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 """
 
 from .errors import Unreachable, Unwritable, UserError, one_line
-from .recipe import Execution, Location, load_recipe, recipe_dataclass
+from .files.store import Store
+from .files.weights import load_weights
+from .recipe import Execution, Location, find_file, load_recipe, recipe_dataclass
 from .rundir import RunDir, RunInfo
-from .store import Store
-from .weights import find_file, load_weights
 
 __all__ = [
     "Execution", "Location", "RunDir", "RunInfo", "Store", "Unreachable", "Unwritable", "UserError", "find_file", "load_recipe",

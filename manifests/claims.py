@@ -25,7 +25,7 @@ from typing import TypeVar
 import pydantic
 
 from .errors import UserError
-from .store import HOST, Store, alive
+from .files.store import HOST, Store, alive
 
 R = TypeVar("R")
 
@@ -72,7 +72,10 @@ class Board:
 def look(store: Store) -> Board:
     """One listing. Files of other names are nobody's claims."""
     found = [match for name in store.names(FOLDER) if (match := _NAME.fullmatch(name))]
-    kinds = {kind: frozenset(int(match["shard"]) for match in found if match["kind"] == kind) for kind in ("running", "failed")}
+    kinds = {
+        kind: frozenset(int(match["shard"]) for match in found if match["kind"] == kind)
+        for kind in ("running", "failed")
+    }
     return Board(kinds["running"], kinds["failed"])
 
 
@@ -130,7 +133,9 @@ class Claims:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         self._thread.join(BEAT)
         for shard in list(self._mine):
@@ -175,7 +180,9 @@ class Claims:
         """What the next sign of life shall say."""
         with self._lock:
             if shard in self._mine:
-                told = dataclasses.replace(self._mine[shard], samples=samples, verified=verified, rejected=rejected, rate=rate)
+                told = dataclasses.replace(
+                    self._mine[shard], samples=samples, verified=verified, rejected=rejected, rate=rate
+                )
                 self._mine[shard] = told
 
     def release(self, shard: int) -> None:
@@ -201,7 +208,9 @@ class Claims:
             with self._lock:
                 for shard, claim in self._mine.items():
                     self._mine[shard] = dataclasses.replace(claim, beat=claim.beat + 1)
-                    with contextlib.suppress(OSError, UserError):  # what is wrong the shard's own writing tells; a missed beat is harmless
+                    with contextlib.suppress(
+                        OSError, UserError
+                    ):  # what is wrong the shard's own writing tells; a missed beat is harmless
                         self._store.write(_file("running", shard), _encode(self._mine[shard]))
 
 

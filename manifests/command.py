@@ -18,8 +18,12 @@ import yaml
 
 from .errors import UserError
 from .recipe import as_tree
+from .signals import SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that ask for an end; SIGUSR1: Slurm's warning with `--signal=B:USR1`
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # that ask for an end; SIGUSR1: Slurm's warning with `--signal=B:USR1`
 USER_ERROR = 2
 INTERRUPTED = 130
 FAREWELL = "\ninterrupted; what was finished is kept, and the same command goes on from there"
@@ -81,7 +85,9 @@ def _told(error: Exception) -> str:
 def _leave(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it now
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":  # some libraries abort when an exception meets their import
+        if (
+            frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        ):  # some libraries abort when an exception meets their import
             click.echo(FAREWELL, err=True)
             os._exit(INTERRUPTED)
         frame = frame.f_back
@@ -94,14 +100,20 @@ def as_overrides(named: Mapping[str, object]) -> list[str]:
 
 
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override one field of the recipe, e.g. seed=1. Repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Override one field of the recipe, e.g. seed=1. Repeatable.",
 )
 
 
 def recipe_option_of(folder: Path, default: str | None = "demo", told: str | bool = True) -> Callable[[Any], Any]:
     """The option ``--recipe``, whose help lists the recipes of a room's folder. told: the default as the help tells it."""
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    return click.option("--recipe", default=default, show_default=told, metavar="FILE|NAME", help=f"A YAML file, or one of: {names}.")
+    return click.option(
+        "--recipe", default=default, show_default=told, metavar="FILE|NAME", help=f"A YAML file, or one of: {names}."
+    )
 
 
 def add_recipe_command(group: click.Group, load: Callable[[str, Sequence[str]], Any]) -> None:

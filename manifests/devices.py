@@ -50,7 +50,9 @@ def repeatable() -> None:
 def out_of_memory(error: Exception) -> str | None:
     """What is said, in one line, when memory has run out on a GPU or the CPU; None for any other error."""
     what = str(error).partition("\n")[0][:160] or type(error).__name__  # Python's own MemoryError says nothing
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in what)
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in what
+    )
     return what if full else None
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, label: str, unit: str, *, initial: int = 0, hidden: bool = False, quick: bool = False) -> tqdm[Any]:
+def progress(
+    total: int, label: str, unit: str, *, initial: int = 0, hidden: bool = False, quick: bool = False
+) -> tqdm[Any]:
     """A tqdm bar on standard error.
 
     initial: what earlier runs have done already; it does not count in the rate. quick: for what is mostly done in a moment: the bar

@@ -13,7 +13,7 @@ import json
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic.dataclasses
@@ -23,6 +23,9 @@ from typing_extensions import dataclass_transform
 from .errors import UserError, one_line
 
 R = TypeVar("R")
+Positive = Annotated[int, pydantic.Field(ge=1)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 class Location:
@@ -53,6 +56,19 @@ def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] 
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(tree).__name__}")
     return make_recipe(cls, apply_overrides(tree, overrides), str(path), overrides)
+
+
+def find_file(name: str, field: str) -> Path:
+    """A path of a recipe: as given, else below the project's own folder (so that built-in recipes work from anywhere).
+
+    Raises UserError naming the recipe field when there is no such file or folder.
+    """
+    for path in (Path(name).expanduser(), PROJECT / name):
+        if path.exists():
+            return path
+    raise UserError(
+        f"{field}: {name}: no such file or folder; correct the path in the recipe or with --set {field}=PATH"
+    )
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

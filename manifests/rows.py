@@ -31,7 +31,10 @@ SCHEMA = pa.schema(
         ("loss_attacked", pa.float32()),  # on the attacked image before the second discretization,
         ("loss_dad", pa.float32()),  # and on x'' as stored
         ("delta_l2", pa.float32()),  # L2 length of the perturbation, in pixels of [0, 1]
-        ("codes_changed", pa.float32()),  # fraction of VQ codes that differ between Q(x) and x''; without an attack those of Q(Q(x)) do too
+        (
+            "codes_changed",
+            pa.float32(),
+        ),  # fraction of VQ codes that differ between Q(x) and x''; without an attack those of Q(Q(x)) do too
         ("bytes", pa.int32()),  # of the stored x'' image; of rejected ones too
         ("clean_offset", pa.int64()),  # first header byte of the sample in the clean tar, null when absent,
         ("clean_size", pa.int32()),  # bytes up to the end of its last member's padding,
@@ -82,7 +85,9 @@ def encode_part(rows: Sequence[Mapping[str, Any]], record: PartRecord) -> bytes:
     return encode_rows(rows, asdict(record))
 
 
-def decode_table(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, dict[str, Any]]:
+def decode_table(
+    data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)
+) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of a Parquet file of ours (or some of their columns) and its metadata.
 
     Raises UserError naming ``where`` when it is damaged or foreign.

@@ -19,15 +19,23 @@ import pyarrow as pa
 import pydantic
 
 from .errors import Unreachable, UserError, one_line
+from .files.store import Store
 from .recipe import fingerprint, first_difference
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, decode_tars, encode_part, encode_table
-from .store import Store
 
 MANIFEST = "manifest.parquet"
 RUN = "run.json"
 CARD = "README.md"
 GALLERY = "gallery.png"
-CONTENTS = ("clean", "dad", "manifest", "work", MANIFEST, CARD, GALLERY)  # of a run directory, beside run.json, which comes first
+CONTENTS = (
+    "clean",
+    "dad",
+    "manifest",
+    "work",
+    MANIFEST,
+    CARD,
+    GALLERY,
+)  # of a run directory, beside run.json, which comes first
 TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 PART_NAME = re.compile(r"part-([0-9]{6,})\.parquet")
 FORMAT = 1  # of the run directory; readers refuse others
@@ -55,7 +63,9 @@ class RunInfo:
     versions: dict[str, str]  # of the packages that made it; of one that changed in between: "2.6.0 and 2.7.1"
     counts: dict[str, int] | None = None  # of each status; None until sealed
     manifest_sha256: str | None = None  # of manifest.parquet; None until sealed
-    missing: dict[str, str] | None = None  # shards that could not be made and were left out by --allow-missing, with the reason
+    missing: dict[str, str] | None = (
+        None  # shards that could not be made and were left out by --allow-missing, with the reason
+    )
     format: int = FORMAT
 
     @property
@@ -80,7 +90,9 @@ class RunDir:
         try:
             data = self.store.read(RUN)
         except NotADirectoryError as error:
-            raise UserError(f"{self.store}: is a file, not a run directory; name the folder that holds {RUN}") from error
+            raise UserError(
+                f"{self.store}: is a file, not a run directory; name the folder that holds {RUN}"
+            ) from error
         except FileNotFoundError as error:
             where = f"make one with `make shards OUT={self.store}`"
             raise UserError(f"{self.store}: no run directory here (no {RUN}); {where}") from error
@@ -99,7 +111,13 @@ class RunDir:
         return {int(match[1]) for name in self.store.names("manifest") if (match := PART_NAME.fullmatch(name))}
 
     def commit(
-        self, shard: int, rows: Sequence[Mapping[str, Any]], tars: Mapping[str, tuple[bytes, int]], *, source: str, run: str
+        self,
+        shard: int,
+        rows: Sequence[Mapping[str, Any]],
+        tars: Mapping[str, tuple[bytes, int]],
+        *,
+        source: str,
+        run: str,
     ) -> None:
         """Write the tars of a shard and, last, its part file: the shard is done.
 
@@ -110,7 +128,9 @@ class RunDir:
         for stream, (data, samples) in tars.items():
             name = tar_name(stream, shard)
             self.store.write(name, data)
-            records.append(TarRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=samples))
+            records.append(
+                TarRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=samples)
+            )
         record = PartRecord(shard=shard, source=source, run=run, samples=len(rows), tars=tuple(records))
         self.store.write(part_name(shard), encode_part(rows, record))
 
@@ -129,7 +149,9 @@ class RunDir:
             return
         taken = [name for name in CONTENTS if self.store.exists(name)]
         if taken and not self.store.exists(RUN):  # another command that has begun meanwhile wrote it first
-            raise UserError(f"{self.store.where(taken[0])}: is in the way of a new run (there is no {RUN} here); choose another OUT")
+            raise UserError(
+                f"{self.store.where(taken[0])}: is in the way of a new run (there is no {RUN} here); choose another OUT"
+            )
 
     def claim(self, info: RunInfo) -> None:
         """Write run.json for a fresh run, or make sure that the run already here is the same one.
@@ -173,7 +195,9 @@ class RunDir:
             return f"{where}: its sha256 is not the one in the manifest (altered or damaged)"
         return None
 
-    def part(self, shard: int, run: str | None = None, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, PartRecord]:
+    def part(
+        self, shard: int, run: str | None = None, columns: Sequence[str] = tuple(SCHEMA.names)
+    ) -> tuple[pa.Table, PartRecord]:
         """Rows and record of a shard. Raises FileNotFoundError, and UserError for a part that is damaged or not of this shard and run."""
         where = self.store.where(part_name(shard))
         rows, record = decode_part(self.store.read(part_name(shard)), where, columns)
@@ -188,7 +212,9 @@ class RunDir:
         table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
         return table, [tar for _, record in parts for tar in record.tars]
 
-    def seal(self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None) -> tuple[pa.Table, list[TarRecord]]:
+    def seal(
+        self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None
+    ) -> tuple[pa.Table, list[TarRecord]]:
         """Join the part files of ``shards`` into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars.
 
         missing: shards that are left out, with the reason; recorded in ``run.json``. Tars that they left behind are removed.
@@ -206,18 +232,24 @@ class RunDir:
         )
         self.write_info(sealed)
         for stream in ("clean", "dad") if missing else ():
-            for name in {tar_name(stream, shard) for shard in missing or ()} & {f"{stream}/{name}" for name in self.store.names(stream)}:
+            for name in {tar_name(stream, shard) for shard in missing or ()} & {
+                f"{stream}/{name}" for name in self.store.names(stream)
+            }:
                 self.store.remove(name)
         return table, tars
 
-    def manifest(self, columns: Sequence[str] = tuple(SCHEMA.names), info: RunInfo | None = None) -> tuple[pa.Table, list[TarRecord]]:
+    def manifest(
+        self, columns: Sequence[str] = tuple(SCHEMA.names), info: RunInfo | None = None
+    ) -> tuple[pa.Table, list[TarRecord]]:
         """The sealed manifest: all rows (some or all columns) and the record of every tar. Raises UserError when the run is not sealed.
 
         info: its run.json, where that was read already.
         """
         info = info or self.info()
         if info.counts is None or not self.store.exists(MANIFEST):
-            raise UserError(f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing")
+            raise UserError(
+                f"{self.store}: not complete yet; `python -m pipeline status {self.store}` says what is missing"
+            )
         data = self.store.read(MANIFEST)
         if hashlib.sha256(data).hexdigest() != info.manifest_sha256:
             raise UserError(
@@ -226,9 +258,13 @@ class RunDir:
             )
         table, meta = decode_table(data, self.store.where(MANIFEST), columns)
         if meta.get("run") != info.fingerprint:
-            raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})")
+            raise UserError(
+                f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})"
+            )
         if table.num_rows != info.samples:
-            raise UserError(f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples")
+            raise UserError(
+                f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples"
+            )
         tars = decode_tars(meta, self.store.where(MANIFEST))
         if odd := [tar.name for tar in tars if not TAR_NAME.fullmatch(tar.name)]:
             raise UserError(f"{self.store.where(MANIFEST)}: names {odd[0]!r}, which is no tar of a run directory")

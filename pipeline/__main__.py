@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # until the command line has its own: torch takes a second to import, and an exception in there a stack trace
+if (
+    __name__ == "__main__"
+):  # until the command line has its own: torch takes a second to import, and an exception in there a stack trace
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted before anything was done\n"), os._exit(130)))
 
 import secrets
@@ -31,20 +33,47 @@ def main() -> None:
 
 
 recipe_option = recipe_option_of(FOLDER)
-data_option = click.option("--data", metavar="DIR", help="WebDataset tars or an ImageFolder; short for --set source.data=DIR.")
+data_option = click.option(
+    "--data", metavar="DIR", help="WebDataset tars or an ImageFolder; short for --set source.data=DIR."
+)
 out_argument = click.argument("out", metavar="OUT")
 
 
 @main.command()
 @recipe_option
 @data_option
-@click.option("--out", default="data/demo", show_default=True, metavar="DIR|URL", help="The run directory, local or any fsspec URL.")
-@click.option("--launcher", type=click.Choice(["local", "slurm", "ray"]), help="Who makes the shards. [default: what the recipe says]")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes, array tasks or actors. [default: one per GPU]")
-@click.option("--allow-missing", is_flag=True, help="Seal even when some shards could not be made; run.json records which and why.")
+@click.option(
+    "--out",
+    default="data/demo",
+    show_default=True,
+    metavar="DIR|URL",
+    help="The run directory, local or any fsspec URL.",
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm", "ray"]),
+    help="Who makes the shards. [default: what the recipe says]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes, array tasks or actors. [default: one per GPU]",
+)
+@click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Seal even when some shards could not be made; run.json records which and why.",
+)
 @set_option
 def generate(
-    recipe: str, data: str | None, out: str, launcher: str | None, workers: int | None, allow_missing: bool, overrides: tuple[str, ...]
+    recipe: str,
+    data: str | None,
+    out: str,
+    launcher: str | None,
+    workers: int | None,
+    allow_missing: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Make the shards of a recipe, or those that are still missing. The same command on another machine helps."""
     options = {"source.data": data, "launch.launcher": launcher, "launch.workers": workers}
@@ -62,7 +91,7 @@ def generate(
 def plan(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) -> None:
     """Say what a run would take: images, work, hours on this device, bytes; and what is missing, with the fix. Writes nothing."""
     settings = load(recipe, [*as_overrides({"source.data": data}), *overrides])
-    from .forecast import forecast, show
+    from .speed.forecast import forecast, show
 
     show(forecast(settings, out))
 
@@ -107,11 +136,15 @@ def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...])
         found = [f"{line} (--seed {seed})" for line in reinfer(out, samples, seed, overrides)]
     if found:
         click.echo("\n".join(f"FAILED {line}" for line in found))
-        click.echo(f"{len(found)} problem{'s' * (len(found) > 1)}; `make shards` with the same recipe makes damaged shards anew")
+        click.echo(
+            f"{len(found)} problem{'s' * (len(found) > 1)}; `make shards` with the same recipe makes damaged shards anew"
+        )
         raise SystemExit(1)
     click.echo(summary(out))
     if samples:
-        click.echo(f"{out}: the teacher agrees with the stored labels and logits of up to {samples} random samples of each stream")
+        click.echo(
+            f"{out}: the teacher agrees with the stored labels and logits of up to {samples} random samples of each stream"
+        )
 
 
 @main.command("convert-vqgan")
@@ -119,10 +152,12 @@ def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...])
 @click.argument("target", metavar="OUT.safetensors", type=click.Path(path_type=Path))
 def convert(source: Path, target: Path) -> None:
     """Take the weights out of a published VQGAN checkpoint (Lightning's pickles included) without running anything in it."""
-    from .convert import convert_vqgan
+    from .method.convert import convert_vqgan
 
     kept, left = convert_vqgan(source, target)
-    click.echo(f"{target}: {kept} tensors; {left} others (loss, optimizer) left out. Use it with discretizer.weights={target}")
+    click.echo(
+        f"{target}: {kept} tensors; {left} others (loss, optimizer) left out. Use it with discretizer.weights={target}"
+    )
 
 
 add_recipe_command(main, load)

@@ -16,21 +16,22 @@ import pyarrow.compute as pc
 
 from manifests import RunDir, RunInfo, UserError
 from manifests.claims import clear, forget, look
+from manifests.notes import note
 from manifests.progress import progress
-from manifests.recipe import apply_overrides, identity, make_recipe
+from manifests.recipe import identity
 from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
+from shards.sources import SourcePlan, plan_source
+from shards.sources.classes import ClassList, find_classes
 
-from .batch_job import Row
-from .batch_size import resolve_batch
 from .card import dataset_card
-from .classes import ClassList, find_classes
+from .job.batch import Row
+from .job.models import Models, fingerprints, load_models
+from .job.worker import Work, unfinished, work_through
 from .launchers import find_launcher
 from .launchers.local import devices
-from .models import Models, fingerprints, load_models
 from .recipe import Recipe, as_published
-from .sources import SourcePlan, plan_source
+from .speed.batch_size import resolve_batch
 from .status import Survey
-from .worker import Work, unfinished, work_through
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "taming-transformers", "timm", "pillow", "numpy", "pyarrow")
 
@@ -63,7 +64,8 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     info = RunInfo(
         recipe=as_published(recipe),
         identity=identity(recipe),
-        fingerprints=fingerprints(recipe, classes, models) | {"classes": classes_fingerprint, "source": plan.fingerprint},
+        fingerprints=fingerprints(recipe, classes, models)
+        | {"classes": classes_fingerprint, "source": plan.fingerprint},
         classes=list(classes.names),
         shards=len(plan.pieces),
         samples=plan.samples,
@@ -97,18 +99,24 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     missing: dict[int, str] = {}
     if todo or not job.out.store.exists(GALLERY):
         where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"
-        click.echo(f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}")
+        click.echo(
+            f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}"
+        )
         missing = _make_missing(job, work, sum(job.plan.pieces[shard].count for shard in sound))
     if missing and (not allow_missing or len(missing) == job.info.shards):
         raise UserError(
-            _describe(job, missing, "everything else is done; run the same command again, or seal without with --allow-missing")
+            _describe(
+                job,
+                missing,
+                "everything else is done; run the same command again, or seal without with --allow-missing",
+            )
         )
     if todo or not _sealed(job):
         seal(job, missing)
     if not missing:
         clear(job.out.store)
     else:
-        click.echo(f"note: {_describe(job, missing, f'sealed without, as {RUN} records')}", err=True)
+        note(f"{_describe(job, missing, f'sealed without, as {RUN} records')}")
     _conclude(job)
 
 
@@ -118,19 +126,25 @@ def seal(job: Job, missing: Mapping[int, str]) -> None:
     shards = [shard for shard in range(job.info.shards) if shard not in missing]
     table, tars = job.out.seal(replace(job.info, versions=job.out.info().versions), shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
-    if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():  # large sources are planned without reading every key
+    if (
+        repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py()
+    ):  # large sources are planned without reading every key
         told = "source.keys=place tells them apart (but labels only are then joined to no images)"
-        click.echo(f"note: {repeated} keys occur more than once; {told}", err=True)
+        note(f"{repeated} keys occur more than once; {told}")
 
 
 def _record_versions(job: Job) -> None:
     """A run that goes on under other versions than it began with says so: both belong to what it was made with."""
     before = job.out.info()
     known = {name: before.versions.get(name, now) for name, now in job.info.versions.items()}
-    changed = {name: f"{known[name]} and {now}" for name, now in job.info.versions.items() if now not in known[name].split(" and ")}
+    changed = {
+        name: f"{known[name]} and {now}"
+        for name, now in job.info.versions.items()
+        if now not in known[name].split(" and ")
+    }
     if changed:
         told = ", ".join(f"{name} {known[name]}, now {job.info.versions[name]}" for name in changed)
-        click.echo(f"note: {job.out}: began with {told}: shards made now may differ from those in their last bits", err=True)
+        note(f"{job.out}: began with {told}: shards made now may differ from those in their last bits")
         job.out.write_info(replace(before, versions=known | changed))
 
 
@@ -235,14 +249,13 @@ def _conclude(job: Job) -> None:
                 f"{job.out}: {line}; that is more than max_errors = {job.recipe.max_errors:.1%}. "
                 "The rest is sealed and usable; mend the source, or raise max_errors"
             )
-        click.echo(f"note: {line} (status 'error' in {MANIFEST})", err=True)
+        note(f"{line} (status 'error' in {MANIFEST})")
     judged = table.filter(pc.is_valid(table.column("clean_pred")))
     hits = pc.sum(pc.equal(judged.column("label"), judged.column("clean_pred"))).as_py() or 0
     if near_chance(hits, judged.num_rows, len(info.classes)):
-        click.echo(
-            f"note: on {hits / judged.num_rows:.1%} of the clean images the teacher sees the label; guessing sees it on "
-            f"{1 / len(info.classes):.1%}. Are these the labels of source.classes, in its order, and the teacher's own weights?",
-            err=True,
+        note(
+            f"on {hits / judged.num_rows:.1%} of the clean images the teacher sees the label; guessing sees it on "
+            f"{1 / len(info.classes):.1%}. Are these the labels of source.classes, in its order, and the teacher's own weights?"
         )
 
 
@@ -259,10 +272,3 @@ def _first_error(table: pa.Table) -> dict[str, Any]:
     index = table.column("status").to_pylist().index("error")
     row: dict[str, Any] = table.slice(index, 1).to_pylist()[0]
     return row
-
-
-def recipe_of(run: RunDir, overrides: tuple[str, ...]) -> tuple[Recipe, ClassList]:
-    """The recipe that a run was made with, with overrides (for paths that differ here), and its class list."""
-    tree = apply_overrides(run.info().recipe, overrides)
-    recipe = make_recipe(Recipe, tree, run.store.where(RUN), overrides)
-    return recipe, find_classes(recipe.source.classes)[0]

@@ -8,17 +8,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
-from manifests.recipe import as_tree
+from manifests import Execution, Location, RunDir, UserError, load_recipe, recipe_dataclass
+from manifests.recipe import apply_overrides, as_tree, make_recipe
+from manifests.rundir import RUN
 from shards import ImageFormat
+from shards.sources.classes import ClassList, find_classes
+from shards.sources.files import PIPE, expand, without_secrets
 from shards.views import ViewSettings
 
-from .attack import AttackSettings
-from .diffusion import DiffusionConfig
-from .discretizer import NamedConfig, VQGANConfig
-from .sources.files import PIPE, expand, without_secrets
+from .method.attack import AttackSettings
+from .method.discretizer import Discretizer
+from .method.teacher import Teacher
 
-SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool  # a line break would begin a command of the job script
+SlurmValue = (
+    Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool
+)  # a line break would begin a command of the job script
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -38,35 +42,6 @@ class Source:
     keys: Literal["name", "place"] = "name"
     """What a sample's key comes from. name: its own name (tar member, file path, Parquet `image.path`). place: file and number,
     for sources whose names repeat."""
-
-
-@recipe_dataclass
-class Teacher:
-    """The vision-language model (or classifier) that attacks, verifies and labels."""
-
-    kind: Literal["open_clip", "timm"] = "open_clip"
-    """open_clip: zero-shot from class names and prompt templates. timm: a classifier over the same classes."""
-    model: Annotated[str, Location]
-    """open_clip: a model name, or `local-dir:FOLDER` (open_clip_config.json, weights, optional bpe.txt.gz). timm: a model name."""
-    weights: Annotated[str | None, Location] = None
-    """A checkpoint file (OpenAI's own archives are known as such; other files of its weights need a `…-quickgelu` model), a
-    pretrained tag of open_clip such as `openai`, `pretrained` for timm's own, or `random` to try out and measure. None for `local-dir:`."""
-    templates: Annotated[str | None, Location] = None
-    """YAML file with `templates`, or `openai` for the 80 ImageNet templates. None: those of `source.classes`."""
-
-
-@recipe_dataclass
-class Discretizer:
-    """The VQGAN that turns images into codes and back, or what stands in its place."""
-
-    kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
-    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion, image to image (paper, table 10)."""
-    weights: Annotated[str | None, Location] = None
-    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one of others), or `random`."""
-    config: NamedConfig = VQGANConfig()
-    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
-    diffusion: DiffusionConfig = DiffusionConfig()
-    """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
 
 @recipe_dataclass
@@ -94,7 +69,9 @@ class Launch:
     of the cluster, or per `threads` of its CPUs."""
     retries: Annotated[int, Field(ge=0), Execution] = 2
     """How often a shard that fails, or whose worker dies, is tried again before it is reported."""
-    slurm: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], Execution] = Field(default_factory=dict)
+    slurm: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], Execution] = Field(
+        default_factory=dict
+    )
     """Options of the array job by their sbatch names, with `_` for `-`: `partition`, `account`, `time` (minutes), `gpus_per_task` …"""
 
 
@@ -144,5 +121,14 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = load_recipe(Recipe, name, FOLDER, overrides)
     commands = any(url.startswith(PIPE) for url in expand(recipe.source.data))
     if commands and not any(override.startswith("source.data=") for override in overrides):
-        raise UserError(f"{name}: source.data: a recipe is data and starts no commands; give `pipe:` on the command line, with --data")
+        raise UserError(
+            f"{name}: source.data: a recipe is data and starts no commands; give `pipe:` on the command line, with --data"
+        )
     return recipe
+
+
+def recipe_of(run: RunDir, overrides: tuple[str, ...]) -> tuple[Recipe, ClassList]:
+    """The recipe that a run was made with, with overrides (for paths that differ here), and its class list."""
+    tree = apply_overrides(run.info().recipe, overrides)
+    recipe = make_recipe(Recipe, tree, run.store.where(RUN), overrides)
+    return recipe, find_classes(recipe.source.classes)[0]

@@ -38,8 +38,12 @@ class Survey:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._parts: dict[tuple[int, int], tuple[PartRecord, Counter[str]] | str] = {}  # by shard and size: what it says, or why not
-        self._signs: dict[int, tuple[Claim, float]] = {}  # last sign of life of each claim, and when it was given, on this machine's clock
+        self._parts: dict[
+            tuple[int, int], tuple[PartRecord, Counter[str]] | str
+        ] = {}  # by shard and size: what it says, or why not
+        self._signs: dict[
+            int, tuple[Claim, float]
+        ] = {}  # last sign of life of each claim, and when it was given, on this machine's clock
 
     def look(self, *, tars: bool = False, content: bool = False) -> State:
         """tars: compare the sizes of all tars with the record, and with ``content`` their checksums. Raises UserError for no run."""
@@ -47,9 +51,15 @@ class Survey:
         parts = self._read_parts(info)
         damaged = {shard: why for shard, why in parts.items() if isinstance(why, str)}
         if tars:
-            sizes = {f"{stream}/{name}": size for stream in ("clean", "dad") for name, size in self._run.store.sizes(stream).items()}
+            sizes = {
+                f"{stream}/{name}": size
+                for stream in ("clean", "dad")
+                for name, size in self._run.store.sizes(stream).items()
+            }
             whole = {shard: part[0] for shard, part in parts.items() if not isinstance(part, str)}
-            damaged |= {shard: why for shard, record in whole.items() if (why := self._tar_damage(record, sizes, content))}
+            damaged |= {
+                shard: why for shard, record in whole.items() if (why := self._tar_damage(record, sizes, content))
+            }
         counts: Counter[str] = Counter()
         for shard, part in parts.items():
             if shard not in damaged and not isinstance(part, str):
@@ -60,7 +70,9 @@ class Survey:
         claimed = sorted(board.running - parts.keys())
         running = [(claim, self._silence(claim)) for shard in claimed if (claim := read_claim(self._run.store, shard))]
         for claim, _ in running:
-            counts.update(verified=claim.verified, rejected=claim.rejected, error=claim.samples - claim.verified - claim.rejected)
+            counts.update(
+                verified=claim.verified, rejected=claim.rejected, error=claim.samples - claim.verified - claim.rejected
+            )
         return State(
             info=info,
             sealed=info.counts is not None and not made_since and self._run.store.exists(MANIFEST),
@@ -68,7 +80,11 @@ class Survey:
             done=frozenset(parts.keys() - damaged.keys()),
             missing=missing,
             damaged=[damaged[shard] for shard in sorted(damaged)],
-            failed=[failure for shard in sorted(board.failed - parts.keys()) if (failure := read_failure(self._run.store, shard))],
+            failed=[
+                failure
+                for shard in sorted(board.failed - parts.keys())
+                if (failure := read_failure(self._run.store, shard))
+            ],
             running=running,
         )
 
@@ -110,26 +126,39 @@ class Survey:
 def status_lines(out: str, state: State) -> list[str]:
     """Plain lines for a person."""
     info, counts = state.info, state.counts
-    extra = "".join(f", {len(found)} {what}" for found, what in ((state.running, "running"), (state.failed, "failed")) if found)
-    lines = [f"{out}: {len(state.done)} of {info.shards} shards done, {len(state.missing)} missing, {len(state.damaged)} damaged{extra}"]
+    extra = "".join(
+        f", {len(found)} {what}" for found, what in ((state.running, "running"), (state.failed, "failed")) if found
+    )
+    lines = [
+        f"{out}: {len(state.done)} of {info.shards} shards done, {len(state.missing)} missing, {len(state.damaged)} damaged{extra}"
+    ]
     lines += [f"  damaged: {why}" for why in state.damaged]
     lines += [
-        f"  failed: shard {failure.shard}, {failure.tries} times, last on {failure.host}: {failure.reason}" for failure in state.failed
+        f"  failed: shard {failure.shard}, {failure.tries} times, last on {failure.host}: {failure.reason}"
+        for failure in state.failed
     ]
     lines += [f"  running: {_running(claim, silence)}" for claim, silence in state.running]
     if state.missing:
         lines.append(f"  missing: {_ranges(state.missing)}")
     judged = counts["verified"] + counts["rejected"]
     if judged:
-        lines.append(f"  samples: {count_statuses(counts)} of {info.samples:,}; verified rate {counts['verified'] / judged:.1%}")
+        lines.append(
+            f"  samples: {count_statuses(counts)} of {info.samples:,}; verified rate {counts['verified'] / judged:.1%}"
+        )
     if state.missing and state.rate:
         left = datetime.timedelta(seconds=round(max(info.samples - counts.total(), 0) / state.rate))
         lines.append(f"  speed: {state.rate:.1f} images/s of the workers that are running; about {left} to go")
     if state.sealed and state.info.missing and not state.damaged:
-        lines.append(f"  sealed without {len(state.info.missing)} shards that could not be made (--allow-missing; run.json says why)")
+        lines.append(
+            f"  sealed without {len(state.info.missing)} shards that could not be made (--allow-missing; run.json says why)"
+        )
     elif state.missing or state.damaged:
         running = any(silence <= SILENT for _, silence in state.running)
-        lines.append("  at work" if running else "  nothing is running; run the same `make shards` command again to make what is missing")
+        lines.append(
+            "  at work"
+            if running
+            else "  nothing is running; run the same `make shards` command again to make what is missing"
+        )
     else:
         lines.append("  sealed" if state.sealed else "  all shards are there, not sealed yet: run `make shards` again")
     return lines

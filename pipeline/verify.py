@@ -17,11 +17,11 @@ from manifests.rundir import RUN, count_statuses
 from shards import LabelledImage, ShardDataset, iterate_tar, view_images
 from shards.codec import to_float
 
-from .batch_size import ON_CPU
-from .generate import recipe_of
-from .models import Models, load_models
-from .recipe import Discretizer
-from .teacher import weights_fingerprint
+from .job.models import Models, load_models
+from .method.discretizer import Discretizer
+from .method.teacher import weights_fingerprint
+from .recipe import recipe_of
+from .speed.batch_size import ON_CPU
 
 # Largest difference of a logit that recomputing may show, relative to the largest logit of the sample. On the machine that made the
 # shards it is the rounding to float16 (2^-11); on another kind, sums run in another order: a few float16 steps, or one of bf16.
@@ -67,7 +67,9 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     run = RunDir(out)
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
-    models = load_models(replace(recipe, discretizer=Discretizer(kind="identity")), classes)  # the teacher alone is asked
+    models = load_models(
+        replace(recipe, discretizer=Discretizer(kind="identity")), classes
+    )  # the teacher alone is asked
     if (now := weights_fingerprint(models.teacher_model)) != info.fingerprints["teacher"]:
         raise UserError(
             f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
@@ -111,7 +113,9 @@ def _views(sample: LabelledImage) -> Iterator[_View]:
     if sample.views is None:
         yield _View(sample.key, sample.label, sample.image, sample.logits.float(), whole=True)
         return
-    for number, (image, logits) in enumerate(zip(view_images(sample.image, sample.views), sample.logits.float(), strict=True)):
+    for number, (image, logits) in enumerate(
+        zip(view_images(sample.image, sample.views), sample.logits.float(), strict=True)
+    ):
         yield _View(f"{sample.key}, view {number}", sample.label, image, logits, whole=False)
 
 

@@ -18,8 +18,16 @@ def main() -> None:
 @main.command()
 @click.option("--images", default=3000, show_default=True, type=click.IntRange(min=128))
 @click.option("--shards", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--workers", default="0,1,2", show_default=True, metavar="N,N,…", help="Numbers of loader workers to try.")
-@click.option("--repeats", default=8, show_default=True, type=click.IntRange(min=1), help="Measurements of each, in turn; the best counts.")
+@click.option(
+    "--workers", default="0,1,2", show_default=True, metavar="N,N,…", help="Numbers of loader workers to try."
+)
+@click.option(
+    "--repeats",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Measurements of each, in turn; the best counts.",
+)
 @click.option(
     "--samples",
     default=1_281_167,
@@ -33,7 +41,9 @@ def bench(images: int, shards: int, workers: str, repeats: int, samples: int) ->
 
     numbers = _numbers(workers, "--workers")
     if not 0 <= min(numbers) <= max(numbers) <= shards:
-        raise click.BadParameter(f"{workers}: from 0 to {shards}, so that each has a tar; raise --shards for more", param_hint="--workers")
+        raise click.BadParameter(
+            f"{workers}: from 0 to {shards}, so that each has a tar; raise --shards for more", param_hint="--workers"
+        )
     if 0 < samples < PLANNED:
         raise click.BadParameter(f"{samples}: fewer than a batch of {PLANNED}; 0 plans nothing", param_hint="--samples")
     with tempfile.TemporaryDirectory() as cache:

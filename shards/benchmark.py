@@ -73,21 +73,28 @@ def measure(images: int, shards: int, workers: tuple[int, ...], repeats: int) ->
             "bare loop over tars": lambda n: _loader(BareTars(sorted((run / "clean").glob("*.tar"))), n),
             "webdataset": lambda n: _webdataset(run, n),
             "torchvision ImageFolder": lambda n: _image_folder(flat, n),
-            "this reader": lambda n: TrainingReader(str(run), batch_size=BATCH, streams=("clean",)).batches(0, workers=n),
+            "this reader": lambda n: TrainingReader(str(run), batch_size=BATCH, streams=("clean",)).batches(
+                0, workers=n
+            ),
         }
         best = {(name, n): 0.0 for name in ways for n in workers}
         for _, n, (name, way) in itertools.product(range(repeats), workers, ways.items()):
             best[name, n] = max(best[name, n], _images_per_second(way(n)))
         bare = next(iter(ways))
         for name in ways:
-            click.echo(f"{name:36s}" + "".join(f"{best[name, n]:>10,.0f} ({best[name, n] / best[bare, n]:4.2f})" for n in workers))
+            click.echo(
+                f"{name:36s}"
+                + "".join(f"{best[name, n]:>10,.0f} ({best[name, n] / best[bare, n]:4.2f})" for n in workers)
+            )
 
 
 def measure_plan(samples: int, shards: int) -> None:
     """Print what opening and planning a large run takes, from its manifest alone."""
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), samples, shards)
-        click.echo(f"manifest of {samples:,} samples in {shards:,} shards, {(Path(folder) / MANIFEST).stat().st_size / 1e6:.0f} MB")
+        click.echo(
+            f"manifest of {samples:,} samples in {shards:,} shards, {(Path(folder) / MANIFEST).stat().st_size / 1e6:.0f} MB"
+        )
         for label in ("opened for the first time", "opened again"):
             started = time.perf_counter()
             reader = TrainingReader(folder, batch_size=PLANNED, streams=("clean",))
@@ -123,7 +130,9 @@ def write_run(run: Path, flat: Path, images: int, shards: int) -> int:
             label = n % CLASSES
             jpeg = encode_image(_picture(generator), ImageFormat())
             logits = torch.randn(CLASSES, generator=generator).half().numpy()
-            extent = tars["clean"].add(f"k{n:08d}", {"jpg": jpeg, "cls": str(label).encode(), "logits.npy": encode_array(logits)})
+            extent = tars["clean"].add(
+                f"k{n:08d}", {"jpg": jpeg, "cls": str(label).encode(), "logits.npy": encode_array(logits)}
+            )
             rows.append({"key": f"k{n:08d}", "shard": shard, "label": label, "status": "rejected", "clean_offset": extent.offset,
                          "clean_size": extent.size, "clean_crc32": extent.crc32})  # fmt: skip
             path = flat / f"{label:04d}" / f"{n:08d}.jpg"
@@ -151,9 +160,14 @@ def write_manifest(run: Path, samples: int, shards: int, *, sorted_by_class: boo
         "clean_size": np.full(samples, 22_528),
         "clean_crc32": np.random.default_rng(0).integers(0, 1 << 32, samples, dtype=np.uint32),
     }
-    table = pa.table({f.name: pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(samples, f.type) for f in SCHEMA})
+    table = pa.table(
+        {f.name: pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(samples, f.type) for f in SCHEMA}
+    )
     info = _info(samples, shards)
-    tars = [{"name": tar_name("clean", s), "size": 22_528_000, "sha256": "0" * 64, "samples": samples // shards} for s in range(shards)]
+    tars = [
+        {"name": tar_name("clean", s), "size": 22_528_000, "sha256": "0" * 64, "samples": samples // shards}
+        for s in range(shards)
+    ]
     data = encode_table(table, {"run": info.fingerprint, "tars": tars})
     directory.store.write(MANIFEST, data)
     info = _info(samples, shards, counts={"rejected": samples}, manifest_sha256=hashlib.sha256(data).hexdigest())
@@ -182,7 +196,13 @@ def _webdataset(run: Path, workers: int) -> Iterable[Any]:
     import webdataset as wds
 
     tars = [str(path) for path in sorted((run / "clean").glob("*.tar"))]
-    dataset = wds.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode("rgb8").to_tuple("jpg", "cls", "logits.npy").batched(BATCH)
+    dataset = (
+        wds.WebDataset(tars, shardshuffle=len(tars))
+        .shuffle(1000)
+        .decode("rgb8")
+        .to_tuple("jpg", "cls", "logits.npy")
+        .batched(BATCH)
+    )
     return wds.WebLoader(dataset, batch_size=None, num_workers=workers)
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from manifests import Store, UserError
-from manifests.cache import cache_folder, lock, writing_cache
+from manifests.files.cache import cache_folder, lock, writing_cache
 from manifests.rows import TarRecord
 
 PAUSES = (0.0, 1.0, 2.0)  # seconds before each attempt at fetching a tar: connections break
@@ -34,7 +34,9 @@ class TarCache:
         while True:
             name = self.fetch(source, tar)
             try:
-                with open(self.folder / name, "rb", buffering=0) as file:  # not held: a tar that has gone would still fill the disk
+                with open(
+                    self.folder / name, "rb", buffering=0
+                ) as file:  # not held: a tar that has gone would still fill the disk
                     return os.pread(file.fileno(), size, offset)
             except FileNotFoundError:  # another process made room in between
                 continue
@@ -49,7 +51,9 @@ class TarCache:
         if self._is_here(name, tar.size):
             return name
         if tar.size > self.limit:
-            raise UserError(f"{source.where(tar.name)}: {tar.size:,} bytes do not fit into a cache of {self.limit:,}; raise cache_gb")
+            raise UserError(
+                f"{source.where(tar.name)}: {tar.size:,} bytes do not fit into a cache of {self.limit:,}; raise cache_gb"
+            )
         with lock(self.folder, tar.sha256[:2]):
             if not self._is_here(name, tar.size):
                 data = _download(source, tar)

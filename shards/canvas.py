@@ -33,14 +33,19 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
             picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
             image = _to_rgb(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError as error:  # whose own text holds an address in memory: two runs would differ
-        raise BadImage(f"unreadable image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged") from error
+        raise BadImage(
+            f"unreadable image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged"
+        ) from error
     except Exception as error:  # decoders raise whatever damaged data leads them to
         raise BadImage(f"unreadable image: {one_line(error)}") from error
     width, height = image.size
     if min(width, height) < 2:
         raise BadImage(f"image of {width} x {height} pixels")
     shorter = min(width, height)
-    left, top = (width - shorter) / 2, (height - shorter) / 2  # the centre square, before scaling: a long thin image stays small
+    left, top = (
+        (width - shorter) / 2,
+        (height - shorter) / 2,
+    )  # the centre square, before scaling: a long thin image stays small
     if (width, height) != (side, side):
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))
     pixels = np.array(image)
@@ -48,7 +53,9 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float: PIL's own conversion clips instead of scaling
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # 16-bit and float: PIL's own conversion clips instead of scaling
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("some of its pixels are no finite numbers")

@@ -33,7 +33,9 @@ class LabelledImage:
 
     key: str
     label: int  # index into the run's class list
-    logits: torch.Tensor  # float16 [classes], the teacher's, before any softmax; [views, classes] where the run stores views
+    logits: (
+        torch.Tensor
+    )  # float16 [classes], the teacher's, before any softmax; [views, classes] where the run stores views
     image: torch.Tensor | None  # uint8 [3, H, W]; None where the run stores labels only
     views: np.ndarray | None = None  # VIEW records [views]; None for the whole image
 
@@ -72,7 +74,9 @@ class ShardDataset:
         temperature: float | None = None,
         cache: TarCache | None = None,
     ) -> None:
-        self._remake: Callable[[], ShardDataset] = partial(ShardDataset, url, stream, images=images, temperature=temperature, cache=cache)
+        self._remake: Callable[[], ShardDataset] = partial(
+            ShardDataset, url, stream, images=images, temperature=temperature, cache=cache
+        )
         self.run = RunDir(url)
         self.info = self.run.info()
         self.classes, self.side = self.info.classes, self._canvas()
@@ -132,7 +136,9 @@ class ShardDataset:
                 return self.run.store.read_range(tar.name, extent.offset, extent.size)
             return self.cache.read_range(self.run.store, tar, extent.offset, extent.size)
         except FileNotFoundError as error:
-            raise UserError(f"{self.run.store.where(tar.name)}: missing; restore it, or run `make shards` again") from error
+            raise UserError(
+                f"{self.run.store.where(tar.name)}: missing; restore it, or run `make shards` again"
+            ) from error
 
     def pixels(self, index: int, stored: StoredSample) -> np.ndarray:
         """The image of a sample, uint8 [H, W, 3]: the stored one, or the user's own of the same key. Raises UserError."""
@@ -148,7 +154,9 @@ class ShardDataset:
     def _canvas(self) -> int:
         side = self.info.recipe.get("canvas")
         if type(side) is not int or side < 1:
-            raise UserError(f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make the run anew")
+            raise UserError(
+                f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make the run anew"
+            )
         return side
 
     def _join(self, images: str | Path) -> OwnImages:
@@ -156,7 +164,9 @@ class ShardDataset:
             raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
         if self.info.identity.get("source.keys") == "place":
             why = "its keys are places in its source (source.keys=place), by which no image can be found"
-            raise UserError(f"images: {self.run}: {why}; make it anew with source.keys=name, or with output.clean_images=true")
+            raise UserError(
+                f"images: {self.run}: {why}; make it anew with source.keys=name, or with output.clean_images=true"
+            )
         return OwnImages(images, self.index.keys, self.index.name)
 
     def prefetch(self, shards: Iterable[int]) -> None:
@@ -177,7 +187,9 @@ class ShardDataset:
         sizes = {} if content else self._sizes()
         label = f"checking {self.stream} shards"
         total = sum(tar.size for tar in tars)
-        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None if progress else True, leave=False) as bar:
+        with tqdm(
+            total=total, desc=label, unit="B", unit_scale=True, disable=None if progress else True, leave=False
+        ) as bar:
             for tar in tars:
                 if sizes.get(tar.name) != tar.size and (why := self.run.tar_damage(tar, content=content)):
                     again = f"run `make shards` again to repair it, or `python -m pipeline verify {self.run}` for the whole list"

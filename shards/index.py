@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests import RunDir, RunInfo, Store, UserError
-from manifests.cache import cache_folder, lock, writing_cache
+from manifests.files.cache import cache_folder, lock, writing_cache
 from manifests.recipe import fingerprint
 from manifests.rows import TarRecord
 from manifests.rundir import MANIFEST
@@ -100,7 +100,8 @@ def write_mapped(path: Path, table: pa.Table) -> None:
     Raises UserError when the folder is not writable.
     """
     batch = pa.RecordBatch.from_arrays(
-        [column.combine_chunks() if column.num_chunks else pa.array([], column.type) for column in table.columns], schema=table.schema
+        [column.combine_chunks() if column.num_chunks else pa.array([], column.type) for column in table.columns],
+        schema=table.schema,
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -115,7 +116,9 @@ def write_mapped(path: Path, table: pa.Table) -> None:
 
 
 def _index_table(run: RunDir, info: RunInfo, stream: str) -> pa.Table:
-    columns = {"key": "key", "shard": "shard", "label": "label"} | {name: f"{stream}_{name}" for name in ("offset", "size", "crc32")}
+    columns = {"key": "key", "shard": "shard", "label": "label"} | {
+        name: f"{stream}_{name}" for name in ("offset", "size", "crc32")
+    }
     table, tars = run.manifest(list(columns.values()), info)
     table = table.rename_columns(list(columns))
     if table.column("offset").null_count:
@@ -123,6 +126,8 @@ def _index_table(run: RunDir, info: RunInfo, stream: str) -> pa.Table:
     if empty := [name for name in columns if table.column(name).null_count]:
         raise UserError(f"{run.store.where(MANIFEST)}: {stream} samples without {empty[0]}; make the run anew")
     if wrong := [name for name in ("shard", "offset", "size") if len(table) and pc.min(table.column(name)).as_py() < 0]:
-        raise UserError(f"{run.store.where(MANIFEST)}: {stream} samples of negative {wrong[0]}; restore it or make the run anew")
+        raise UserError(
+            f"{run.store.where(MANIFEST)}: {stream} samples of negative {wrong[0]}; restore it or make the run anew"
+        )
     described = [asdict(tar) for tar in tars if tar.name.startswith(f"{stream}/")]
     return table.replace_schema_metadata({b"tars": json.dumps(described).encode()})

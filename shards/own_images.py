@@ -34,7 +34,9 @@ class OwnImages:
         found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.tars]
         table = kept_table(fingerprint([str(folder), found, stream]), lambda: _join(self.tars, keys, folder))
         self._keys = keys
-        self._tar, self._offset = (table.column(name).chunk(0).to_numpy(zero_copy_only=True) for name in ("tar", "offset"))
+        self._tar, self._offset = (
+            table.column(name).chunk(0).to_numpy(zero_copy_only=True) for name in ("tar", "offset")
+        )
 
     def pixels(self, index: int, side: int) -> np.ndarray:
         """The canvas of a sample, uint8 [side, side, 3], as stage 1 made it. Raises UserError naming tar and key."""
@@ -42,7 +44,9 @@ class OwnImages:
         with open(path, "rb") as file:
             _, sample = next(iterate_tar(file, str(path), int(self._offset[index])), (0, Sample("")))
         if clean_key(sample.key) != key:
-            raise UserError(f"{path}: {key} is no longer where it was; the tar was changed while it is read: start again")
+            raise UserError(
+                f"{path}: {key} is no longer where it was; the tar was changed while it is read: start again"
+            )
         data = sample.first(IMAGE_EXTENSIONS)
         if data is None:
             raise UserError(f"{path}: {sample.key}: no image among the members ({', '.join(sample.members)})")
@@ -71,6 +75,8 @@ def _join(tars: list[Path], keys: pa.StringArray, folder: str | Path) -> pa.Tabl
                 if key in of_the_run:
                     place[key] = (number, offset)
     if missing := [key for key in wanted if key not in place]:
-        raise UserError(f"images: {folder}: {len(missing)} of {len(wanted)} images of the run are not here, the first is {missing[0]}")
+        raise UserError(
+            f"images: {folder}: {len(missing)} of {len(wanted)} images of the run are not here, the first is {missing[0]}"
+        )
     columns = np.array([place[key] for key in wanted], np.int64).reshape(-1, 2)
     return pa.table({"tar": columns[:, 0], "offset": columns[:, 1]})

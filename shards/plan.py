@@ -45,7 +45,9 @@ def plan_epoch(shards: np.ndarray, *, seed: int, epoch: int, window: int, stream
         marks.append(begin + len(samples))
         order[begin : marks[-1]] = rng.permutation(samples)
         begin = marks[-1]
-    return EpochPlan(order, tuple(np.asarray(shards)[starts[together]] for together in windows), np.array(marks, np.int64))
+    return EpochPlan(
+        order, tuple(np.asarray(shards)[starts[together]] for together in windows), np.array(marks, np.int64)
+    )
 
 
 def classes_in_windows(shards: np.ndarray, labels: np.ndarray, *, window: int) -> tuple[float, float]:
@@ -60,7 +62,9 @@ def classes_in_windows(shards: np.ndarray, labels: np.ndarray, *, window: int) -
     visit = np.random.Generator(np.random.PCG64(0)).permutation(len(starts))
     windows = [visit[first : first + window] for first in range(0, len(visit), window)][:WINDOWS_LOOKED_AT]
     _, counts = np.unique(labels, return_counts=True)
-    rarely = np.log1p(-counts / counts.sum() * (1 - 1e-9))  # log of how likely one sample is of another class; finite for a single class
+    rarely = np.log1p(
+        -counts / counts.sum() * (1 - 1e-9)
+    )  # log of how likely one sample is of another class; finite for a single class
     found = [len(np.unique(np.concatenate([labels[starts[s] : ends[s]] for s in together]))) for together in windows]
     sizes = [int((ends - starts)[together].sum()) for together in windows]
     return float(np.median(found)), float(np.median([-np.expm1(size * rarely).sum() for size in sizes]))

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from manifests import RunInfo, Store, UserError
+from manifests.notes import note
+from manifests.signals import ignore_sigterm_unless_from_parent, sigterm_blocked
 
 from .cache import TarCache
 from .dataset import ShardDataset, StreamName
-from .loader_signals import end_with_the_parent_alone, not_to_be_ended
 from .plan import EpochPlan, classes_in_windows, cut, plan_epoch
 from .seeds import seeded_generator
 from .views import replay, view_of_epoch
@@ -32,7 +32,7 @@ READ_AHEAD = 4 * 2**30  # bytes of images that the loader of a rank keeps ready,
 
 
 @dataclass
-class Half:
+class StreamBatch:
     """One rank's part of a global batch of one stream."""
 
     keys: list[str]
@@ -40,12 +40,12 @@ class Half:
     labels: torch.Tensor  # int64 [B]
     logits: torch.Tensor  # float16 [B, classes], of this epoch's view; float32 where the run stores the top k only
 
-    def pin_memory(self) -> Half:
+    def pin_memory(self) -> StreamBatch:
         """The same in page-locked memory, from where a GPU copies while it computes; the loader calls this in a thread of its own."""
-        return Half(self.keys, self.images.pin_memory(), self.labels.pin_memory(), self.logits.pin_memory())
+        return StreamBatch(self.keys, self.images.pin_memory(), self.labels.pin_memory(), self.logits.pin_memory())
 
 
-Batch = dict[str, Half]  # by stream name
+Batch = dict[str, StreamBatch]  # by stream name
 Transform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
@@ -76,17 +76,30 @@ class TrainingReader:
     ) -> None:
         cache = None if Store(url).is_local else TarCache(int(cache_gb * 2**30))
         self.datasets: dict[str, ShardDataset] = {
-            stream: ShardDataset(url, stream, images=images if stream == "clean" else None, temperature=temperature, cache=cache)
+            stream: ShardDataset(
+                url, stream, images=images if stream == "clean" else None, temperature=temperature, cache=cache
+            )
             for stream in streams
         }
-        self.batch_size, self.seed, self.window, self.rank, self.world, self.side = batch_size, seed, window, rank, world, side
+        self.batch_size, self.seed, self.window, self.rank, self.world, self.side = (
+            batch_size,
+            seed,
+            window,
+            rank,
+            world,
+            side,
+        )
         first = self.datasets[streams[0]]
         self.classes = first.classes
         self.steps = len(first) // batch_size
         if self.steps == 0:
-            raise UserError(f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch")
+            raise UserError(
+                f"{url}: {len(first)} {streams[0]} samples are fewer than one batch of {batch_size}; lower batch"
+            )
         # Samples of each stream in an epoch. Of the first, those that do not fill a batch are left out; they differ from epoch to epoch.
-        self.samples = {stream: len(dataset) for stream, dataset in self.datasets.items()} | {streams[0]: self.steps * batch_size}
+        self.samples = {stream: len(dataset) for stream, dataset in self.datasets.items()} | {
+            streams[0]: self.steps * batch_size
+        }
         self._plans: dict[str, tuple[int, EpochPlan]] = {}
         if batch_size < world:
             raise UserError(
@@ -95,13 +108,16 @@ class TrainingReader:
         for stream, dataset in self.datasets.items():
             if len(dataset) < self.steps * world:
                 raise UserError(f"{url}: {_too_few(stream, len(dataset), self.steps, len(first), world)}")
-        if cache is not None and (needed := sum(_three_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit:
+        if (
+            cache is not None
+            and (needed := sum(_three_windows(dataset, window) for dataset in self.datasets.values())) > cache.limit
+        ):
             raise UserError(
                 f"{url}: three windows of {window} shards take {needed / 2**30:.2g} GiB, the cache may hold {cache_gb:g}; "
                 "raise cache_gb, or lower window"
             )
-        if rank == 0 and (note := poor_in_classes(first, window)):
-            click.echo(f"note: {url}: {note}", err=True)
+        if rank == 0 and (why := poor_in_classes(first, window)):
+            note(f"{url}: {why}")
 
     @property
     def info(self) -> RunInfo:
@@ -122,7 +138,9 @@ class TrainingReader:
         return 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plans": {}}  # a loader worker that is not forked plans anew: faster than being sent a plan
+        return self.__dict__ | {
+            "_plans": {}
+        }  # a loader worker that is not forked plans anew: faster than being sent a plan
 
     def check(self, *, content: bool = True) -> None:
         """Make sure that every tar is whole before the first step. Raises UserError naming the file.
@@ -149,7 +167,10 @@ class TrainingReader:
     def plan(self, stream: str, epoch: int) -> EpochPlan:
         if self._plans.get(stream, (-1,))[0] != epoch:
             shards = self.datasets[stream].shards
-            self._plans[stream] = (epoch, plan_epoch(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream))
+            self._plans[stream] = (
+                epoch,
+                plan_epoch(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream),
+            )
         return self._plans[stream][1]
 
     def batches(
@@ -162,7 +183,9 @@ class TrainingReader:
         pin: deliver batches in page-locked memory, for a GPU.
         """
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores, for each epoch anew
+            warnings.filterwarnings(
+                "ignore", message="This DataLoader will create"
+            )  # more workers than cores, for each epoch anew
             loader: DataLoader[Any] = DataLoader(
                 _EpochBatches(self, epoch, transform),
                 sampler=range(start, self.steps),  # type: ignore[arg-type]
@@ -170,11 +193,11 @@ class TrainingReader:
                 num_workers=workers,
                 prefetch_factor=self.read_ahead(workers) // workers if workers else None,
                 pin_memory=pin,
-                worker_init_fn=end_with_the_parent_alone,
+                worker_init_fn=ignore_sigterm_unless_from_parent,
                 # It shares the plan; newer Pythons do otherwise
                 multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             )
-            with not_to_be_ended():
+            with sigterm_blocked():
                 batches = iter(loader)
         for batch in batches:
             if isinstance(batch, UserError):
@@ -220,7 +243,7 @@ class _EpochBatches(Dataset[Any]):
             if wanted:
                 threading.Thread(target=_prefetch, args=(dataset, wanted), daemon=True).start()
 
-    def _half(self, stream: str, step: int) -> Half:
+    def _half(self, stream: str, step: int) -> StreamBatch:
         reader, dataset = self.reader, self.reader.datasets[stream]
         keys, labels, logits = [], [], []
         images, room = torch.empty(0), np.empty((0, 0, 0, 0), np.uint8)
@@ -239,13 +262,20 @@ class _EpochBatches(Dataset[Any]):
                 images = _empty_batch(len(indices), *pixels.shape)
                 room = images.numpy()
             if pixels.shape != room.shape[1:]:
-                raise UserError(f"{sample.where}: image of {pixels.shape[1]} x {pixels.shape[0]} pixels among others of {room.shape[2]}")
+                raise UserError(
+                    f"{sample.where}: image of {pixels.shape[1]} x {pixels.shape[0]} pixels among others of {room.shape[2]}"
+                )
             room[place] = pixels
             keys.append(sample.key)
             labels.append(sample.label)
             logits.append(soft)
         # Pixels stay in the order they were decoded in: channels_last.
-        return Half(keys=keys, images=images.permute(0, 3, 1, 2), labels=torch.tensor(labels), logits=torch.from_numpy(np.stack(logits)))
+        return StreamBatch(
+            keys=keys,
+            images=images.permute(0, 3, 1, 2),
+            labels=torch.tensor(labels),
+            logits=torch.from_numpy(np.stack(logits)),
+        )
 
 
 def _too_few(stream: str, samples: int, steps: int, first: int, world: int) -> str:

@@ -29,7 +29,9 @@ def soft_labels_of(url: str) -> np.ndarray:
         for place in places.tolist():
             logits = dataset.read(place).logits
             if logits.dtype != np.float16:
-                raise UserError(f"{url}: stores shortened labels, which cannot be compared with whole ones; name a run of full logits")
+                raise UserError(
+                    f"{url}: stores shortened labels, which cannot be compared with whole ones; name a run of full logits"
+                )
             rows.append(logits.reshape(-1, logits.shape[-1])[0])  # of several views, the first
             bar.update()
     return np.stack(rows)
@@ -39,7 +41,9 @@ def clip_like(rows: int = 200, classes: int = 1000) -> np.ndarray:
     """float16 logits as a zero-shot CLIP gives them: cosines of -0.05 to 0.35 times 100, of names that come in groups of alike ones."""
     rng = np.random.default_rng(0)
     groups = rng.normal(size=(rows, classes // 20)).repeat(20, axis=1)
-    return (17 + 2.0 * groups + 1.5 * rng.normal(size=(rows, classes)) + 8 * (np.arange(classes) == 7)).astype(np.float16)
+    return (17 + 2.0 * groups + 1.5 * rng.normal(size=(rows, classes)) + 8 * (np.arange(classes) == 7)).astype(
+        np.float16
+    )
 
 
 def students_of(teacher: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -58,7 +62,9 @@ def kl_and_gradient(student: torch.Tensor, teacher: torch.Tensor, temperature: f
 def compare(logits: np.ndarray, k: int, temperature: float) -> Mapping[str, tuple[float, float]]:
     """By student: error of the KL relative to that of all logits, and cosine between the two gradients."""
     records = shorten(logits, k, (temperature,))
-    whole, short = (torch.from_numpy(z.astype(np.float64)) for z in (logits, expand(records, logits.shape[1], temperature)))
+    whole, short = (
+        torch.from_numpy(z.astype(np.float64)) for z in (logits, expand(records, logits.shape[1], temperature))
+    )
     found = {}
     for name, student in students_of(whole).items():
         (exact, way), (value, other) = (kl_and_gradient(student, teacher, temperature) for teacher in (whole, short))

@@ -75,7 +75,9 @@ def parse_sample(data: bytes, extent: Extent, where: str) -> Sample:
     if len(data) != extent.size:
         raise UserError(f"{where}: ends inside the sample at byte {extent.offset} (truncated)")
     if zlib.crc32(data) != extent.crc32:
-        raise UserError(f"{where}: the sample at byte {extent.offset} is not the one that was written (altered or damaged)")
+        raise UserError(
+            f"{where}: the sample at byte {extent.offset} is not the one that was written (altered or damaged)"
+        )
     sample = Sample("")
     position = 0
     while position < len(data):

@@ -25,7 +25,9 @@ from manifests.recipe import recipe_dataclass
 from .codec import array_dtype, decode_array, encode_array
 from .seeds import digest, seeded_generator
 
-VIEW = np.dtype([("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "<u2")])  # pixels of the stored image
+VIEW = np.dtype(
+    [("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "<u2")]
+)  # pixels of the stored image
 RATIO = 4 / 3  # most that a crop's sides differ by, as in Inception's random resized crop
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -133,7 +135,12 @@ def read_soft_labels(
 def topk_dtype(k: int, temperatures: int) -> np.dtype[np.void]:
     """Record of a shortened soft label: ``rest[t]`` is log sum exp(z / temperatures[t]) over the classes that are not listed."""
     return np.dtype(
-        [("classes", "<u2", (k,)), ("logits", "<f2", (k,)), ("temperatures", "<f4", (temperatures,)), ("rest", "<f4", (temperatures,))]
+        [
+            ("classes", "<u2", (k,)),
+            ("logits", "<f2", (k,)),
+            ("temperatures", "<f4", (temperatures,)),
+            ("rest", "<f4", (temperatures,)),
+        ]
     )
 
 
@@ -162,7 +169,9 @@ def expand(records: np.ndarray, classes: int, temperature: float) -> np.ndarray:
     at = np.isclose(records["temperatures"], temperature, rtol=1e-6)
     if not at.any(axis=1).all():
         stored = ", ".join(f"{t:g}" for t in np.unique(records["temperatures"]))
-        raise UserError(f"soft labels are stored for temperature {stored} only, not {temperature:g}; set loss.temperature to it")
+        raise UserError(
+            f"soft labels are stored for temperature {stored} only, not {temperature:g}; set loss.temperature to it"
+        )
     rest = records["rest"][np.arange(len(records)), at.argmax(axis=1)]
     others = classes - records["classes"].shape[1]
     logits = np.repeat((temperature * (rest - math.log(others)))[:, None].astype(np.float32), classes, axis=1)

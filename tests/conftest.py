@@ -26,9 +26,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from manifests.command import SIGNALS
+from manifests.signals import SIGNALS
 
 from .chaos.faulty_store import FaultyProxy, faulty_store
+from .hub import write_hub  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,14 +108,16 @@ def build_world(folder: Path) -> World:
         (images / f"{key}.jpg").write_bytes(data)
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(recipe_tree(tars, clip, vqgan), sort_keys=False))
-    return World(folder, clip, vqgan, tars, images, recipe, {key.replace("/", "-"): label for key, label in named.items()})
+    return World(
+        folder, clip, vqgan, tars, images, recipe, {key.replace("/", "-"): label for key, label in named.items()}
+    )
 
 
 @pytest.fixture(scope="session")
 def models(world: World):  # type: ignore[no-untyped-def]
     """The loaded teacher and discretizer of the world's recipe."""
-    from pipeline.classes import load_classes
-    from pipeline.models import load_models
+    from pipeline.job.models import load_models
+    from shards.sources.classes import load_classes
 
     return load_models(world.load(), load_classes(world.clip / "prompts.yaml"))
 
@@ -188,7 +191,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
 
 def write_vqgan(path: Path, pictures: torch.Tensor) -> None:
     """A VQGAN with random blocks whose codebook holds latents of the pictures, so that different images get different codes."""
-    from pipeline.discretizer import VQGAN, VQGANConfig
+    from pipeline.method.discretizer import VQGAN, VQGANConfig
 
     torch.manual_seed(1)
     vqgan = VQGAN(VQGANConfig(**VQGAN_CONFIG)).eval()  # type: ignore[arg-type]
@@ -221,10 +224,14 @@ def write_clip(folder: Path, vqgan: Path, pictures: torch.Tensor, seed: int = 2)
     (folder / "prompts.yaml").write_text(yaml.safe_dump(prompts, sort_keys=False))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([template.format(name) for name in CLASSES for template in TEMPLATES])
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(
+        [template.format(name) for name in CLASSES for template in TEMPLATES]
+    )
     ends = tokens.argmax(1)  # where the end-of-text token is: its feature is the sentence's
     seen: dict[str, torch.Tensor] = {}
-    model.visual.ln_post.register_forward_hook(lambda _m, _i, out: seen.update(image=out if out.ndim == 2 else out[:, 0]))
+    model.visual.ln_post.register_forward_hook(
+        lambda _m, _i, out: seen.update(image=out if out.ndim == 2 else out[:, 0])
+    )
     model.ln_final.register_forward_hook(lambda _m, _i, out: seen.update(text=out[torch.arange(len(out)), ends]))
     mean, std = (torch.tensor(config["preprocess_cfg"][name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
@@ -232,12 +239,14 @@ def write_clip(folder: Path, vqgan: Path, pictures: torch.Tensor, seed: int = 2)
         model.encode_text(tokens)
         model.visual.ln_post.bias -= seen["image"].mean(0)
         model.ln_final.bias -= seen["text"].mean(0)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
 
 
 def discretize(vqgan: Path, pictures: torch.Tensor) -> torch.Tensor:
     """Q of uint8 pictures: float [B, 3, H, W] in [0, 1]."""
-    from pipeline.discretizer import VQGANConfig, load_discretizer
+    from pipeline.method.discretizer import VQGANConfig, load_discretizer
 
     with torch.no_grad():
         images: torch.Tensor = load_discretizer(VQGANConfig(**VQGAN_CONFIG), str(vqgan))(pictures.float() / 255)[0]  # type: ignore[arg-type]
@@ -249,14 +258,13 @@ def settle_labels(clip: Path, vqgan: Path, jpegs: Sequence[bytes]) -> list[int]:
 
     A random VQGAN is not idempotent, so what the teacher sees on x'' cannot be told from what it sees on Q(x): all labels are tried.
     """
-    from pipeline.attack import AttackSettings, attack, draw_noise
-    from pipeline.classes import load_classes
-    from pipeline.discretizer import VQGANConfig, load_discretizer
-    from pipeline.recipe import Teacher
-    from pipeline.teacher import load_teacher
+    from pipeline.method.attack import AttackSettings, attack, draw_noise
+    from pipeline.method.discretizer import VQGANConfig, load_discretizer
+    from pipeline.method.teacher import Teacher, load_teacher
     from shards import ImageFormat, decode_image, encode_image
     from shards.canvas import load_canvas
     from shards.codec import to_float, to_uint8
+    from shards.sources.classes import load_classes
 
     stored = ImageFormat(**RECIPE_IMAGE)  # type: ignore[arg-type]
     teacher = load_teacher(Teacher(kind="open_clip", model=f"local-dir:{clip}"), load_classes(clip / "prompts.yaml"))
@@ -266,7 +274,9 @@ def settle_labels(clip: Path, vqgan: Path, jpegs: Sequence[bytes]) -> list[int]:
     margins = []
     for label in range(len(CLASSES)):
         y = torch.full((len(x),), label)
-        noise = draw_noise([sample_key(label, n).replace("/", "-") for n in range(len(x))], x.shape[1:], settings, RECIPE_SEED)
+        noise = draw_noise(
+            [sample_key(label, n).replace("/", "-") for n in range(len(x))], x.shape[1:], settings, RECIPE_SEED
+        )
         made = to_uint8(attack(x, y, teacher, vqgan_model, settings, noise).adversarial)
         with torch.no_grad():
             logits = teacher(to_float(torch.stack([decode_image(encode_image(image, stored)) for image in made])))
@@ -294,7 +304,11 @@ class Told:
     def error(self) -> str:
         """The one line of a user error, after checking that it is one: status 2, nothing else on stderr, no stack trace."""
         lines = self.err.splitlines()
-        assert self.status == 2 and len(lines) == 1 and lines[0].startswith("error: "), (self.status, self.err, self.out)
+        assert self.status == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
+            self.status,
+            self.err,
+            self.out,
+        )
         return lines[0]
 
 
@@ -321,7 +335,9 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def launch(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )  # type: ignore[call-overload]
         processes.append(process)
         return process
 
@@ -364,7 +380,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     place.mkdir()
 
     def mount(options: str) -> Path:
-        told = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True, check=False)
+        told = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True, check=False
+        )
         if told.returncode:
             pytest.skip(f"needs to mount a tmpfs, which is not permitted here: {told.stderr.strip()}")
         return place
@@ -416,7 +434,9 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("plain") / "run")
 
 
-def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: Edit | None = None, images: bool = True) -> Path:
+def write_run(
+    out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: Edit | None = None, images: bool = True
+) -> Path:
     """Write and seal a run through the contract's own parts: 8x8 PNG images, 5 classes, two of three verified, one error a shard.
 
     ``edit`` may change the members of each sample before they are written: what it makes is recorded with correct checksums.
@@ -444,7 +464,11 @@ def write_run(out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: 
                 members = {"png": encode_image(image, ImageFormat(format="png"))} if images else {}
                 members |= {"cls": str(label).encode(), "logits.npy": encode_array(logits)}
                 extent = writers[stream].add(key, edit(stream, key, members) if edit else members)
-                row |= {f"{stream}_offset": extent.offset, f"{stream}_size": extent.size, f"{stream}_crc32": extent.crc32}
+                row |= {
+                    f"{stream}_offset": extent.offset,
+                    f"{stream}_size": extent.size,
+                    f"{stream}_crc32": extent.crc32,
+                }
             rows.append(row)
         tars = {stream: (writer.close(), writer.samples) for stream, writer in writers.items()}
         run.commit(shard, rows, tars, source=f"piece {shard}", run=info.fingerprint)

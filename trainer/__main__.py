@@ -23,7 +23,11 @@ def main() -> None:
 
 
 data_option = click.option(
-    "--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path), help="Folder of evaluation sets."
+    "--data",
+    default="data/renditions",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of evaluation sets.",
 )
 
 
@@ -31,7 +35,9 @@ data_option = click.option(
 @choice_options
 @click.option("--objective", type=click.Choice(["plain", "kd", "dad"]), help="Short for --set loss.objective=….")
 @click.option("--seed", type=int, help="Short for --set seed=….")
-@click.option("--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED, or RECIPE-…]")
+@click.option(
+    "--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED, or RECIPE-…]"
+)
 @set_option
 def train(
     recipe: str | None,
@@ -43,7 +49,7 @@ def train(
     overrides: tuple[str, ...],
 ) -> None:
     """Train a student, or go on with one that was interrupted. On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun."""
-    from .distributed import joined  # not at the top: --help need not wait for torch.distributed and timm
+    from .ranks.distributed import joined  # not at the top: --help need not wait for torch.distributed and timm
 
     with joined():
         recipe, named = chosen(recipe, student, shards)
@@ -60,7 +66,7 @@ def train(
 @click.option("--out", default="reports", show_default=True, metavar="DIR", help="Where report.md and report.png go.")
 def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
     """Score students on every evaluation set and set them side by side. RUNS: student directories, or folders of them [default: runs]."""
-    from .compare import compare
+    from .tables.compare import compare
 
     compare(runs or ("runs",), data.expanduser(), out)
 
@@ -85,10 +91,16 @@ def export_student(run: str, out: str, onnx: bool) -> None:
 @click.option("--out", default="runs/demo-table", show_default=True, metavar="DIR")
 @set_option
 def table(
-    recipe: str | None, student: str | None, shards: str | None, seeds: int, data: Path, out: str, overrides: tuple[str, ...]
+    recipe: str | None,
+    student: str | None,
+    shards: str | None,
+    seeds: int,
+    data: Path,
+    out: str,
+    overrides: tuple[str, ...],
 ) -> None:
     """Train plain, KD and DAD students with several seeds and print means ± standard errors. About an hour on two cores."""
-    from .compare import demo_table
+    from .study import demo_table
 
     recipe, named = chosen(recipe, student, shards)
     demo_table(recipe, seeds, out, data.expanduser(), [*named, *overrides])

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from manifests import Store, UserError, load_weights, one_line
+from manifests.files.weights import tensors_sha256
 from manifests.recipe import as_tree, first_difference, identity
 from manifests.rundir import RUN
-from manifests.weights import tensors_sha256
 
 from .recipe import Recipe
 from .student import Student, create_student, weights_of
@@ -75,7 +75,9 @@ class StudentDir:
             return StudentInfo(**json.loads(self.store.read(STUDENT_INFO)))
         except (ValueError, TypeError) as error:
             why = one_line(error)
-            raise UserError(f"{self.store.where(STUDENT_INFO)}: damaged ({why}); restore it, or train again in another --out") from error
+            raise UserError(
+                f"{self.store.where(STUDENT_INFO)}: damaged ({why}); restore it, or train again in another --out"
+            ) from error
 
     def claim(self, info: StudentInfo) -> None:
         """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here, or files that
@@ -91,7 +93,9 @@ class StudentDir:
                 numbers = f"{len(old.classes)} classes, the shards have {len(info.classes)}"
                 raise UserError(f"{self}: was trained on another class list ({numbers}); choose another --out")
             if old.shards != info.shards:
-                raise UserError(f"{self}: was trained on other shards (fingerprint {old.shards}, now {info.shards}); choose another --out")
+                raise UserError(
+                    f"{self}: was trained on other shards (fingerprint {old.shards}, now {info.shards}); choose another --out"
+                )
             if found := first_difference(old.identity, info.identity):
                 name, was, now = found
                 raise UserError(
@@ -118,13 +122,17 @@ class StudentDir:
             return None
         with self.store.open(LAST) as file:
             try:
-                if damaged := zipfile.ZipFile(file).testzip():  # torch writes a CRC of every tensor, and does not look at it
+                if damaged := zipfile.ZipFile(
+                    file
+                ).testzip():  # torch writes a CRC of every tensor, and does not look at it
                     raise ValueError(f"the checksum of {damaged} is wrong")
                 file.seek(0)
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # zipfile and torch raise whatever their parsers stumble over
                 reason = one_line(error)
-                raise UserError(f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({reason})") from error
+                raise UserError(
+                    f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({reason})"
+                ) from error
         return state
 
     def save_best(self, student: Student) -> None:
@@ -150,7 +158,9 @@ class StudentDir:
         """The best checkpoint as a model. Raises UserError as `info` and `best_weights` do, and when the two do not fit."""
         info, weights = self.info(), self.best_weights()
         # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
-        student = Student(create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std))
+        student = Student(
+            create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std)
+        )
         try:
             student.model.load_state_dict(weights)
         except RuntimeError as error:

@@ -15,10 +15,16 @@ from manifests import Store, UserError
 from manifests.recipe import fingerprint
 
 from .checkpoint import BEST, StudentDir, StudentInfo
-from .evaluate import RESULTS, Score, scores_from_json
+from .evaluation.kept import RESULTS, scores_from_json
+from .evaluation.score import Score
 from .student import Student, fixed_size, weights_of
 
-CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"  # the names that the hub expects
+CONFIG, WEIGHTS, CARD, ONNX = (
+    "config.json",
+    "model.safetensors",
+    "README.md",
+    "model.onnx",
+)  # the names that the hub expects
 OPSET = 18
 
 
@@ -53,7 +59,9 @@ def _refuse_foreign(store: Store, made_from: dict[str, str]) -> None:
     except (FileNotFoundError, ValueError):
         own = False
     if not own:
-        raise UserError(f"{store.where(taken[0])}: is not of an earlier export of this student (by this version); choose an empty folder")
+        raise UserError(
+            f"{store.where(taken[0])}: is not of an earlier export of this student (by this version); choose an empty folder"
+        )
 
 
 def timm_config(info: StudentInfo, model: nn.Module) -> dict[str, Any]:
@@ -127,7 +135,10 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
         "```",
     ]
     if onnx:
-        loading += ["", f"`{ONNX}` has the normalisation inside: `images` float32 [B, 3, {info.side}, {info.side}] in [0, 1] -> `logits`."]
+        loading += [
+            "",
+            f"`{ONNX}` has the normalisation inside: `images` float32 [B, 3, {info.side}, {info.side}] in [0, 1] -> `logits`.",
+        ]
     return "\n".join(
         [
             "---",

@@ -12,16 +12,16 @@ import click
 
 from manifests.devices import must_fit
 from manifests.progress import progress
+from manifests.signals import told_to_stop
 from shards import Batch
 
-from . import distributed
-from .augmentation import Augment
 from .checkpoint import BEST, METRICS, Progress, StudentDir
-from .evaluate import BATCH, score_set
-from .interrupt import told_to_stop
+from .evaluation.score import BATCH, score_set
+from .images.augmentation import Augment
 from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
 from .optimizer import learning_rate
+from .ranks import distributed
 from .recipe import Recipe
 from .run import Training, check_weights, images_a_step, mend_best, prepare, save
 from .step import Losses, train_step
@@ -48,7 +48,9 @@ def train(recipe: Recipe, out: str) -> StudentDir:
         with (
             closing(log),
             memory_errors(),
-            progress(run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet) as bar,
+            progress(
+                run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet
+            ) as bar,
         ):
             while run.at.epoch < recipe.epochs:
                 train_epoch(run, log, bar)
@@ -68,7 +70,9 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
     saved = clock = time.monotonic()
     run.student.train()
     with told_to_stop(quiet=not distributed.is_first()) as stop:
-        for batch, waited in with_waits(reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)):
+        for batch, waited in with_waits(
+            reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)
+        ):
             step = run.now
             rate, losses = advance(run, batch)
             meter.add(step, losses, batch)
@@ -104,7 +108,9 @@ def advance(run: Training, batch: Batch) -> tuple[float, Losses]:
     recipe, reader, at, step = run.recipe, run.reader, run.at, run.now
     settings, sizes = recipe.optimizer, reader.sizes(at.step)
     rate = learning_rate(step, peak=settings.lr, warmup=round(settings.warmup * reader.steps), total=run.total)
-    losses = train_step(run.forward, run.optimizer, batch, recipe, totals=sizes, rate=rate, step=step, device=run.device, bf16=run.bf16)
+    losses = train_step(
+        run.forward, run.optimizer, batch, recipe, totals=sizes, rate=rate, step=step, device=run.device, bf16=run.bf16
+    )
     if run.average is not None:
         run.average.update(run.student, step=step)
     at.step += 1
@@ -128,13 +134,17 @@ def end_epoch(run: Training, log: Log) -> None:
             run.device,
             bf16=run.bf16,
             threads=recipe.workers,
-            batch=max(1, min(BATCH, recipe.batch // recipe.accumulate // distributed.world())),  # no more than a training step holds
+            batch=max(
+                1, min(BATCH, recipe.batch // recipe.accumulate // distributed.world())
+            ),  # no more than a training step holds
         )
         at.validated += time.monotonic() - started
         row["val_top1"] = score.top1
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
-        log.write({"val_top1": score.top1}, run.now - 1)  # with the epoch's last step: what comes from run.now on, the next start drops
+        log.write(
+            {"val_top1": score.top1}, run.now - 1
+        )  # with the epoch's last step: what comes from run.now on, the next start drops
     if better and distributed.is_first():
         run.directory.save_best(run.result)
     at.rows.append(row | {"images": at.images, "seconds": at.seconds})
@@ -166,7 +176,9 @@ def _opening(run: Training) -> str:
     recipe = run.recipe
     going_on = f", going on at step {run.now}" if run.now else ""
     missing = run.reader.info.missing or {}
-    left_out = f"\n{run.directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
+    left_out = (
+        f"\n{run.directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
+    )
     return (
         f"{run.directory}: {recipe.student} {recipe.loss.objective}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"

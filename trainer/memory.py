@@ -18,6 +18,10 @@ def memory_errors() -> Iterator[None]:
     except RuntimeError as error:
         what = str(error).partition("\n")[0][:160]
         # May be raised anywhere: torch tells a worker's death from a signal handler. What a worker raised itself reads otherwise.
-        if "DataLoader worker" in what and any(sign in what for sign in ("killed by signal", "exited unexpectedly", "shared memory")):
-            raise UserError(f"a loader process was killed; lower workers, or give more memory and more /dev/shm ({what})") from error
+        if "DataLoader worker" in what and any(
+            sign in what for sign in ("killed by signal", "exited unexpectedly", "shared memory")
+        ):
+            raise UserError(
+                f"a loader process was killed; lower workers, or give more memory and more /dev/shm ({what})"
+            ) from error
         raise

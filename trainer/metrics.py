@@ -17,7 +17,7 @@ from manifests import UserError, one_line
 from manifests.recipe import as_tree, fingerprint
 from shards import Batch
 
-from .distributed import gather, is_first, sum_over_ranks
+from .ranks.distributed import gather, is_first, sum_over_ranks
 from .recipe import Recipe
 
 NAMED = 16  # samples in a message
@@ -59,7 +59,9 @@ class Meter:
 def _suspects(keys: list[str], fine: bool) -> str:
     """The samples of the ranks whose own loss is not finite; the gradient is shared, and then so is the suspicion."""
     parts = gather((keys, fine))
-    found = [key for part, its_fine in parts if not its_fine for key in part] or [key for part, _ in parts for key in part]
+    found = [key for part, its_fine in parts if not its_fine for key in part] or [
+        key for part, _ in parts for key in part
+    ]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return ", ".join(found[:NAMED]) + more
 
@@ -97,7 +99,9 @@ def check_wandb(recipe: Recipe) -> None:
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise UserError(f"wandb: is not installed ({one_line(error)}); pip install '.[wandb]', or --set wandb=null") from error
+        raise UserError(
+            f"wandb: is not installed ({one_line(error)}); pip install '.[wandb]', or --set wandb=null"
+        ) from error
 
 
 def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:
@@ -117,7 +121,11 @@ def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:
 
 def to_csv(rows: list[dict[str, float]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
-    writer.writerows({name: str(value) if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()} for row in rows)
+    writer.writerows(
+        {name: str(value) if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()} for row in rows
+    )
     return text.getvalue()

@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from manifests import Execution, Location, RunDir, UserError, load_recipe, recipe_dataclass
+from manifests import Execution, Location, load_recipe, recipe_dataclass
+from manifests.recipe import Positive
+
+from .images.augmentation import Augmentation
+from .optimizer import Optimizer
 
 FOLDER = Path(__file__).parent / "recipes"
 DEMO = "demo"
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @recipe_dataclass
@@ -28,50 +30,6 @@ class Loss:
     """a, of both distillation terms."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy. The teacher's soft labels stay as they are."""
-
-
-@recipe_dataclass
-class Augmentation:
-    """Random changes of the training images, the same kind for clean and DAD images."""
-
-    flip: Share = 0.5
-    """Probability of a horizontal flip."""
-    crop: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Smallest side of a random square crop, as a fraction of the image; it is resized to the input. 1: no crop."""
-    colour: Share = 0.0
-    """Strength of colour jitter: brightness, contrast and saturation are scaled by random factors in 1 ± colour."""
-    grey: Share = 0.0
-    """Probability of turning an image grey."""
-    randaugment: Annotated[int, Field(ge=0, le=8)] = 0
-    """Operations of RandAugment (Cubuk et al., 2020) on every image. 0: none."""
-    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Strength of RandAugment on torchvision's scale, whose 30 is level 10 of the original."""
-    erase: Share = 0.0
-    """Probability of erasing a random rectangle (Zhong et al., 2020)."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    """alpha of Mixup's Beta distribution; soft labels are mixed by the same lambda as images. 0: none."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """alpha of CutMix's. Where both are set, each image takes one of the two at even odds."""
-
-
-@recipe_dataclass
-class Optimizer:
-    """Any optimizer that timm knows, with a cosine schedule after a linear warm-up."""
-
-    name: str = "adamw"
-    """timm's name: sgd (with Nesterov momentum), momentum (without), adamw, lamb …"""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Not applied to biases and normalisation layers."""
-    momentum: Share = 0.9
-    """Of sgd."""
-    warmup: Annotated[float, Field(ge=0)] = 0.5
-    """Epochs of linear warm-up."""
-    clip: Annotated[float, Field(gt=0)] | None = 5.0
-    """Largest gradient norm; None: no clipping, but for lamb's own, in timm, at 1."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Each layer's learning rate is this times that of the layer above it (fine-tuning); None: one rate for all."""
 
 
 @recipe_dataclass
@@ -140,32 +98,3 @@ class Recipe:
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides."""
     return load_recipe(Recipe, name, FOLDER, overrides)
-
-
-def choose(recipe: str | None, student: str | None, shards: str | None) -> tuple[str, str | None]:
-    """(recipe, timm model or None for the recipe's own) for what a command names. ``student`` is a timm model or one of our recipes.
-
-    Where no recipe is named, shards of the demo's classes are learned from as in the demo, others by the recipe of the student's name,
-    or else the first that trains this model. Raises UserError when there is none, or there are no shards.
-    """
-    own = {path.stem: load(path.stem).student for path in sorted(FOLDER.glob("*.yaml")) if path.stem != DEMO}
-    model = own.get(student, student) if student else None
-    if recipe is not None:
-        return recipe, model
-    if shards is None or _are_the_demos(shards):
-        return DEMO, model
-    fitting = sorted((name for name in own if student in (name, own[name])), key=lambda name: name != student)
-    if not fitting:
-        whose = f"{student} has" if student else "there is"
-        raise UserError(f"--recipe: {whose} no recipe for {shards}; name the one whose settings to take: {', '.join([DEMO, *own])}")
-    return fitting[0], None
-
-
-def _are_the_demos(shards: str) -> bool:
-    """Known by their place or, wherever they are, by their classes."""
-    from .evaluate import classes_of  # not at the top: it takes torch along
-
-    demo = load(DEMO)
-    if Path(shards) == Path(demo.shards):
-        return True
-    return RunDir(shards).info().classes == classes_of(Path(str(demo.validation)))

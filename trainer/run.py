@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import timm.layers
 import timm.utils
 import torch
@@ -14,14 +13,15 @@ from torch import nn
 
 from manifests import UserError
 from manifests.devices import usable_cores, use_bf16
+from manifests.notes import note
 from shards import TrainingReader
 
-from . import distributed
 from .checkpoint import BEST, LAST, Progress, StudentDir, describe
-from .evaluate import check_set
+from .evaluation.sets import check_set
+from .methods.losses import STREAMS, Objective
 from .metrics import check_wandb
-from .objectives import STREAMS, Objective
 from .optimizer import create_optimizer
+from .ranks import distributed
 from .recipe import Recipe
 from .step import Forward
 from .student import Student, create_student, to_device, try_out
@@ -107,14 +107,18 @@ def prepare(recipe: Recipe, out: str) -> Training:
         device=device,
         bf16=bf16,
         student=student,
-        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches come in two or three sizes
+        forward=torch.compile(forward, dynamic=False)
+        if recipe.compile
+        else forward,  # batches come in two or three sizes
         average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
         optimizer=optimizer,
         at=Progress(),
     )
     resume(run)
     if len(set(distributed.gather((run.at.epoch, run.at.step)))) > 1:
-        raise UserError(f"{out}: the processes find different checkpoints here; --out must be on a disk that all machines share")
+        raise UserError(
+            f"{out}: the processes find different checkpoints here; --out must be on a disk that all machines share"
+        )
     return run
 
 
@@ -138,14 +142,20 @@ def open_reader(recipe: Recipe, objective: Objective) -> TrainingReader:
 def check_weights(run: Training) -> None:
     """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
     if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
-        raise UserError(f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again")
+        raise UserError(
+            f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again"
+        )
 
 
 def save(run: Training) -> None:
     """Write the checkpoint: everything that going on to the bit needs. Of several processes the first one writes."""
     if not distributed.is_first():
         return
-    state = {"student": run.student.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": vars(run.at).copy()}
+    state = {
+        "student": run.student.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "progress": vars(run.at).copy(),
+    }
     if run.average is not None:
         state["average"] = run.average.module.state_dict()
     run.directory.save_last(state)
@@ -167,13 +177,14 @@ def resume(run: Training) -> None:
             run.average.module.load_state_dict(state["average"])
         run.at = Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{run.directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again") from error
+        raise UserError(
+            f"{run.directory.store.where(LAST)}: not a checkpoint of this student; delete it to start again"
+        ) from error
     if run.at.manifest != info.manifest_sha256:
         if distributed.is_first():
             what = "epoch begins again" if run.at.step else "training goes on"
-            click.echo(
-                f"note: {run.recipe.shards}: sealed anew since the last checkpoint; the {what}, with the samples that are there now",
-                err=True,
+            note(
+                f"{run.recipe.shards}: sealed anew since the last checkpoint; the {what}, with the samples that are there now"
             )
         run.at.step, run.at.sums, run.at.manifest = 0, {}, info.manifest_sha256
 
@@ -186,7 +197,7 @@ def mend_best(run: Training) -> None:
         run.directory.best_weights()
     except UserError:
         where = run.directory.store.where(BEST)
-        click.echo(f"note: {where}: missing or damaged; the weights of the last checkpoint take its place", err=True)
+        note(f"{where}: missing or damaged; the weights of the last checkpoint take its place")
         run.directory.save_best(run.result)
         run.at.best = -1.0  # whatever the next epoch reaches
         save(run)
@@ -208,9 +219,11 @@ def _check(recipe: Recipe, reader: TrainingReader) -> None:
     check_wandb(recipe)
     if recipe.workers > usable_cores() and distributed.is_first():
         cores = usable_cores()
-        click.echo(f"note: workers: {recipe.workers} loader processes on {cores} cores; workers={cores} takes less memory", err=True)
+        note(f"workers: {recipe.workers} loader processes on {cores} cores; workers={cores} takes less memory")
     for dataset in reader.datasets.values():
-        dataset.pixels(0, dataset.read(0))  # labels without images, or images that cannot be read, are told before anything begins
+        dataset.pixels(
+            0, dataset.read(0)
+        )  # labels without images, or images that cannot be read, are told before anything begins
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
         raise UserError(
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from shards import Batch, Half, seeded_generator
+from shards import Batch, StreamBatch, seeded_generator
 from shards.codec import to_float
 
-from .distributed import rank, unshared, world
-from .mixing import draw_mixing, mix_images
-from .objectives import student_loss
+from .images.mixing import draw_mixing, mix_images
+from .methods.losses import student_loss
+from .ranks.distributed import rank, unshared, world
 from .recipe import Recipe
 
 Forward = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, H, W] in [0, 1] -> logits [B, classes]
@@ -37,7 +37,9 @@ def train_step(
     totals: samples of each stream in the whole global batch, of which ``batch`` may be a part; losses are sums over the samples here
     divided by them, so that those of all parts add up.
     """
-    torch.manual_seed(recipe.seed * 1_000_003 + step + (rank() << 40))  # dropout and the like; no generator state to save
+    torch.manual_seed(
+        recipe.seed * 1_000_003 + step + (rank() << 40)
+    )  # dropout and the like; no generator state to save
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)
@@ -61,7 +63,12 @@ def train_step(
 
 
 def batch_loss(
-    forward: Forward, batch: Batch, recipe: Recipe, totals: Mapping[str, int], generator: torch.Generator, device: torch.device
+    forward: Forward,
+    batch: Batch,
+    recipe: Recipe,
+    totals: Mapping[str, int],
+    generator: torch.Generator,
+    device: torch.device,
 ) -> tuple[torch.Tensor, Losses]:
     """The recipe's loss on a batch, or a part of one, and its terms. Images of each stream are mixed among themselves."""
     halves = list(batch.values())
@@ -99,6 +106,8 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
         yield {stream: _cut(half, part, parts) for stream, half in batch.items()}
 
 
-def _cut(half: Half, part: int, parts: int) -> Half:
+def _cut(half: StreamBatch, part: int, parts: int) -> StreamBatch:
     place = slice(len(half.keys) * part // parts, len(half.keys) * (part + 1) // parts)
-    return Half(keys=half.keys[place], images=half.images[place], labels=half.labels[place], logits=half.logits[place])
+    return StreamBatch(
+        keys=half.keys[place], images=half.images[place], labels=half.labels[place], logits=half.logits[place]
+    )

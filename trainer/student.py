@@ -61,9 +61,13 @@ def create_student(
     try:
         model = timm.create_model(name, **options)
     except OSError as error:  # before RuntimeError's kin: what the hub and the network raise
-        raise UserError(f"pretrained: {pretrained}: cannot be fetched ({one_line(error)}); give a checkpoint file instead") from error
+        raise UserError(
+            f"pretrained: {pretrained}: cannot be fetched ({one_line(error)}); give a checkpoint file instead"
+        ) from error
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"student: {name} cannot be built for {side} x {side} images with these options: {one_line(error)}") from error
+        raise UserError(
+            f"student: {name} cannot be built for {side} x {side} images with these options: {one_line(error)}"
+        ) from error
     settings = timm.data.resolve_data_config(model=model)
     return Student(model, settings["mean"], settings["std"])
 
@@ -91,7 +95,10 @@ def try_out(student: Student, images: int, side: int, device: torch.device, *, b
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict as safetensors takes it: on the CPU, and each tensor for itself, also where the model ties two."""
-    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
 
 
 def fixed_size(name: str) -> bool:
@@ -110,11 +117,20 @@ def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[st
         for key, value in fresh.state_dict().items():
             is_head = key.rpartition(".")[0] in ((heads,) if isinstance(heads, str) else heads)
             if is_head and (key not in weights or weights[key].shape != value.shape):
-                weights[key] = value  # of other classes; timm would leave it out too, but then no longer say what else is missing
-        overlay = {"state_dict": weights, "custom_load": False, "label_offset": 0, "num_classes": options["num_classes"]}
+                weights[key] = (
+                    value  # of other classes; timm would leave it out too, but then no longer say what else is missing
+                )
+        overlay = {
+            "state_dict": weights,
+            "custom_load": False,
+            "label_offset": 0,
+            "num_classes": options["num_classes"],
+        }
         return name, {"pretrained": True, "pretrained_cfg_overlay": overlay}
     architecture = name.split(".")[0]
     tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
     if pretrained not in tags:
-        raise UserError(f"pretrained: {pretrained!r} is no file, and no tag of {architecture}{nearest(pretrained, tags)}")
+        raise UserError(
+            f"pretrained: {pretrained!r} is no file, and no tag of {architecture}{nearest(pretrained, tags)}"
+        )
     return f"{architecture}.{pretrained}", {"pretrained": True}

@@ -1,6 +1,6 @@
 """Who runs the workers: `local` processes, a `slurm` array job, or `ray` actors.
 
-A launcher starts workers (`pipeline.worker.work_through`), keeps them alive by its engine's own means, and returns when all have
+A launcher starts workers (`pipeline.job.worker.work_through`), keeps them alive by its engine's own means, and returns when all have
 left. It schedules nothing: the workers share the shards among themselves, and what is done the run directory tells.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..worker import Work
+from ..job.worker import Work
 
 Watch = Callable[[], int]
 """Looks at the run directory, moves the progress bar, and returns how many shards of the launch are done."""

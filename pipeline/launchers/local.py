@@ -19,8 +19,8 @@ import torch
 from manifests import Unwritable, UserError
 from manifests.devices import usable_cores
 
+from ..job.worker import Work, work_through
 from ..recipe import Recipe
-from ..worker import Work, work_through
 from . import Watch
 
 HOPELESS = 2  # exit status of a worker: nobody can go on
@@ -90,7 +90,9 @@ def _start(work: Work, index: int, count: int, done: int) -> _Slot:
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(work, index, count, sending), daemon=True)
     resource_tracker.ensure_running()  # which unblocks, when it is started
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends Ctrl-C to all; the parent says what to do
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # a terminal sends Ctrl-C to all; the parent says what to do
     try:
         process.start()
     finally:

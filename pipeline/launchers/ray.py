@@ -10,13 +10,15 @@ import click
 
 from manifests import Unwritable, UserError, one_line
 
-from ..worker import Work, work_through
+from ..job.worker import Work, work_through
 from . import Watch
 
 try:
     import ray
 except ImportError as error:
-    raise UserError("launch.launcher: ray needs the package ray: pip install 'discrete-adversarial-distillation[ray]'") from error
+    raise UserError(
+        "launch.launcher: ray needs the package ray: pip install 'discrete-adversarial-distillation[ray]'"
+    ) from error
 
 RESTARTS = 100  # of one actor, after which Ray gives it up; the shard that kills its workers is given up long before
 LOOK = 2.0  # seconds
@@ -43,10 +45,14 @@ def _run(work: Work, watch: Watch) -> None:
     resources = ray.cluster_resources()
     gpus = 0 if work.recipe.device == "cpu" else int(resources.get("GPU", 0))
     threads = work.recipe.threads or 1
-    count = min(work.recipe.launch.workers or gpus or max(int(resources.get("CPU", 1)) // threads, 1), max(len(work.todo), 1))
+    count = min(
+        work.recipe.launch.workers or gpus or max(int(resources.get("CPU", 1)) // threads, 1), max(len(work.todo), 1)
+    )
     # Asked for by name, a GPU is waited for: the cluster may have none yet and grow
     device = {"num_gpus": 1} if gpus or work.recipe.device.startswith("cuda") else {"num_cpus": threads}
-    told = ray.put(replace(work, recipe=replace(work.recipe, threads=threads, codec_threads=work.recipe.codec_threads or threads)))
+    told = ray.put(
+        replace(work, recipe=replace(work.recipe, threads=threads, codec_threads=work.recipe.codec_threads or threads))
+    )
     actor_class = ray.remote(**device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
     actors = [actor_class.remote(str(Path.cwd())) for _ in range(count)]
     pending = [actor.work.remote(told, index, count) for index, actor in enumerate(actors)]
@@ -65,7 +71,9 @@ def _run(work: Work, watch: Watch) -> None:
                     raise
                 complaint = str(error.cause)
                 click.echo(f"a worker has left: {complaint}", err=True)
-            except ray.exceptions.RayActorError as error:  # others may finish what it could not; what is missing will be named
+            except (
+                ray.exceptions.RayActorError
+            ) as error:  # others may finish what it could not; what is missing will be named
                 click.echo(f"a worker was lost for good: {one_line(error)}", err=True)
     if complaint is not None and not finished:
         raise UserError(complaint)

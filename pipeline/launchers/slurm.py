@@ -20,13 +20,15 @@ import click
 from manifests import UserError, one_line
 from manifests.recipe import nearest
 
-from ..worker import Work, work_through
+from ..job.worker import Work, work_through
 from . import Watch
 
 try:
     import submitit
 except ImportError as error:
-    raise UserError("launch.launcher: slurm needs the package submitit: pip install 'discrete-adversarial-distillation[slurm]'") from error
+    raise UserError(
+        "launch.launcher: slurm needs the package submitit: pip install 'discrete-adversarial-distillation[slurm]'"
+    ) from error
 
 FOLDER = Path("runs/slurm")  # logs, and what submitit keeps; on a disk that every node sees
 TASKS = 8
@@ -49,7 +51,9 @@ class Task:
 
     def __call__(self) -> None:
         signal.signal(signal.SIGTERM, _leave)  # submitit would ignore it until Slurm kills
-        work: Work = pickle.loads(self.work.read_bytes())  # written by the command that submitted this task, in the user's own folder
+        work: Work = pickle.loads(
+            self.work.read_bytes()
+        )  # written by the command that submitted this task, in the user's own folder
         work_through(work, self.index, self.count)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -74,7 +78,10 @@ def launch(work: Work, watch: Watch) -> None:
     except (RuntimeError, ValueError, TypeError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"launch.slurm: {_reason(error, work.recipe.launch.slurm)}") from error
     job = jobs[0].job_id.partition("_")[0]
-    click.echo(f"{work.out}: Slurm job {job}, {count} tasks, logs in {FOLDER}/{job}_*; it goes on if this terminal is lost", err=True)
+    click.echo(
+        f"{work.out}: Slurm job {job}, {count} tasks, logs in {FOLDER}/{job}_*; it goes on if this terminal is lost",
+        err=True,
+    )
     try:
         while _queued(job):
             time.sleep(LOOK)

@@ -15,7 +15,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", default="data/renditions", show_default=True, type=click.Path(path_type=Path), help="Where the image sets go.")
+@click.option(
+    "--out",
+    default="data/renditions",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where the image sets go.",
+)
 def compose(out: Path) -> None:
     """Compose the image sets (train, val, v2, renditions, sketches) from the glyphs."""
     from .compose import compose as compose_sets

@@ -39,9 +39,13 @@ SETS: dict[str, SetSpec] = {
     "train": SetSpec(styles=CLEAN, repeats=20, scene=TRAIN, about="clean styles, the students' training set"),
     "val": SetSpec(styles=CLEAN, repeats=5, scene=TRAIN, about="clean styles, as train"),
     "v2": SetSpec(styles=CLEAN, repeats=5, scene=V2, about="clean styles, other poses and backgrounds"),
-    "rendition-seen": SetSpec(styles=SEEN, repeats=5, scene=TRAIN, about="styles that the teacher has seen and students have not"),
+    "rendition-seen": SetSpec(
+        styles=SEEN, repeats=5, scene=TRAIN, about="styles that the teacher has seen and students have not"
+    ),
     "rendition-unseen": SetSpec(styles=UNSEEN, repeats=10, scene=TRAIN, about="styles that neither has seen"),
-    "rendition-3d": SetSpec(styles=RELATED, repeats=10, scene=TRAIN, about="a 3-D style related to a clean one, seen by neither"),
+    "rendition-3d": SetSpec(
+        styles=RELATED, repeats=10, scene=TRAIN, about="a 3-D style related to a clean one, seen by neither"
+    ),
     "sketch-seen": SetSpec(styles=SKETCH_SEEN, repeats=15, scene=PAPER, about="line art that the teacher has seen"),
     "sketch-unseen": SetSpec(styles=SKETCH_UNSEEN, repeats=15, scene=PAPER, about="line art that neither has seen"),
 }
@@ -55,7 +59,9 @@ def compose(out: Path, names: tuple[str, ...] = tuple(SETS)) -> None:
     store.remove_stale_temporaries()
     todo = [name for name in names if not store.exists(f"{name}/done")]
     store.write("classes.json", (json.dumps([display_name(name) for name in CLASSES]) + "\n").encode())
-    with tqdm(total=sum(len(_members(glyphs, SETS[name])) for name in todo), desc="composing", unit="img", disable=None) as bar:
+    with tqdm(
+        total=sum(len(_members(glyphs, SETS[name])) for name in todo), desc="composing", unit="img", disable=None
+    ) as bar:
         for name in todo:
             tar, count = TarWriter(), 0
             for key, label, image in compose_set(name, glyphs):

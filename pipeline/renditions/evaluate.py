@@ -10,9 +10,9 @@ from manifests import UserError
 from manifests.progress import progress
 from shards import decode_image, iterate_tar
 from shards.codec import to_float
+from shards.sources.classes import load_classes
 
-from ..classes import load_classes
-from ..models import load_models
+from ..job.models import load_models
 from ..recipe import load
 from .clip import TEACHER_DIR
 from .compose import EVALUATION
@@ -39,7 +39,9 @@ def evaluation_table(data: Path, batch: int = 250) -> str:
                     right_q += int((models.teacher(discrete).argmax(1) == y).sum())
                 error += float((discrete - x).abs().mean()) * len(part)
                 count += len(part)
-            lines.append(f"| {name} | {count:,} | {100 * right / count:.1f} | {100 * right_q / count:.1f} | {error / count:.4f} |")
+            lines.append(
+                f"| {name} | {count:,} | {100 * right / count:.1f} | {100 * right_q / count:.1f} | {error / count:.4f} |"
+            )
             bar.update()
     return "\n".join(lines)
 

@@ -57,7 +57,9 @@ def draw_scenes(count: int, style: SceneStyle, generator: torch.Generator) -> Sc
     shear = uniform(-style.shear, style.shear)
     scale = uniform(*style.scale)
     shift = uniform(-2 * style.shift, 2 * style.shift, 2)  # the canvas is 2 units wide in grid_sample's coordinates
-    rotation = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], 1)
+    rotation = torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], 1
+    )
     shearing = torch.eye(2).repeat(count, 1, 1)
     shearing[:, 0, 1] = shear
     inverse = torch.linalg.inv(rotation @ shearing * scale[:, None, None])

@@ -15,13 +15,20 @@ from safetensors.torch import save_file
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from tqdm import tqdm
 
-from ..discretizer import VQGAN, VQGANConfig, nearest_code
+from ..method.discretizer import VQGAN, VQGANConfig, nearest_code
 from .glyphs import ASSETS
 from .sampling import GlyphSampler
 from .styles import TEACHER
 
 CONFIG = VQGANConfig(
-    ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=4, embed_dim=4, n_embed=1024
+    ch=32,
+    ch_mult=(1, 2, 4),
+    num_res_blocks=1,
+    attn_resolutions=(),
+    resolution=64,
+    z_channels=4,
+    embed_dim=4,
+    n_embed=1024,
 )
 COMMITMENT = 0.25  # beta of eq. 4
 ADVERSARIAL = 0.1  # times the adaptive weight of eq. 7
@@ -37,7 +44,9 @@ def train_discretizer(
     discriminator = NLayerDiscriminator(input_nc=3, ndf=32, n_layers=2).apply(weights_init)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=lr, betas=(0.5, 0.9), weight_decay=0.0)
     optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=lr / 2, betas=(0.5, 0.9), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
     sampler = GlyphSampler(TEACHER, seed)
     generator = torch.Generator().manual_seed(seed)
     used = torch.zeros(CONFIG.n_embed, dtype=torch.bool)

@@ -22,7 +22,9 @@ from .sampling import GlyphSampler
 from .styles import CLASSES, TEACHER, display_name
 
 
-def contrastive_loss(image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """Symmetric contrast of B images [B, D] with one prompt per class [C, D] (unit vectors); labels [B] say which prompts match."""
     logits = scale * image_features @ text_features.t()  # [B, C]
     positives = F.one_hot(labels, logits.shape[1]).bool()

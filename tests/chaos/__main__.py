@@ -40,7 +40,11 @@ def main(kills: int, seed: int | None) -> None:
     quietly(make_shards, world.load(), str(folder / "whole"))
     whole = digests(folder / "whole")
     survived = disturb(world, folder, whole, kills, random.Random(seed))
-    for name, test in (("disk full", disk_full), ("disk read-only", read_only), ("clock set back a day", clock_set_back)):
+    for name, test in (
+        ("disk full", disk_full),
+        ("disk read-only", read_only),
+        ("clock set back a day", clock_set_back),
+    ):
         try:
             test(world, folder, whole)
             survived[name] += 1
@@ -48,12 +52,19 @@ def main(kills: int, seed: int | None) -> None:
             click.echo(f"skipped: {name}: cannot mount here ({error.stderr.strip()})", err=True)
     for name, count in survived.items():
         click.echo(f"{count:5d}  {name}")
-    click.echo(f"all {survived.total()} survived: no wrong byte under a final name, every end that of an undisturbed run")
+    click.echo(
+        f"all {survived.total()} survived: no wrong byte under a final name, every end that of an undisturbed run"
+    )
     shutil.rmtree(folder)
 
 
 def disturb(
-    world: World, folder: Path, whole: dict[str, str], kills: int, rng: random.Random, kinds: Sequence[str] = tuple(KILLS)
+    world: World,
+    folder: Path,
+    whole: dict[str, str],
+    kills: int,
+    rng: random.Random,
+    kinds: Sequence[str] = tuple(KILLS),
 ) -> Counter[str]:
     """Kill ``kills`` times, in runs that are finished and begun anew now and then; returns how often each kind was survived.
 

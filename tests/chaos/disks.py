@@ -24,7 +24,9 @@ DAY = 86_400.0
 def tmpfs(place: Path, size: int) -> Iterator[Path]:
     """A real file system of ``size`` bytes. Raises CalledProcessError where it may not be mounted."""
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True, capture_output=True, text=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True, capture_output=True, text=True
+    )
     try:
         yield place
     finally:

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -56,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fate == "503":
             return self._answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
         connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "expect")}
+        headers = {
+            name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "expect")
+        }
         connection.request(self.command, self.path, body=body, headers=headers)
         answer = connection.getresponse()
         data = answer.read()

@@ -76,7 +76,18 @@ def kill_in_parquet(world: World, out: Path, rng: random.Random) -> bool:
 
 def kill_worker(world: World, out: Path, rng: random.Random) -> bool:
     """One of two workers that holds a claim; half of the time the command too, a moment later: no worker may survive it."""
-    command = [sys.executable, "-m", "pipeline", "generate", "--recipe", str(world.recipe), "--out", str(out), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "generate",
+        "--recipe",
+        str(world.recipe),
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     store = RunDir(out).store
     victims: list[int] = []

@@ -51,11 +51,23 @@ def subset(data: Path, images: int, target: Path) -> Path:
 
 def speed(source: Path, workers: int, out: Path) -> float:
     """Images per second of so many workers on as many cores, with one thread each for the models."""
-    options = ["--set", "threads=1", "--set", "codec_threads=1", "--set", "source.shard_size=100", "--workers", str(workers)]
+    options = [
+        "--set",
+        "threads=1",
+        "--set",
+        "codec_threads=1",
+        "--set",
+        "source.shard_size=100",
+        "--workers",
+        str(workers),
+    ]
     command = [sys.executable, "-m", "pipeline", "generate", "--data", str(source), "--out", str(out), *options]
     cores = sorted(os.sched_getaffinity(0))[:workers]
     process = subprocess.Popen(
-        ["taskset", "--cpu-list", ",".join(map(str, cores)), *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ["taskset", "--cpu-list", ",".join(map(str, cores)), *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     store = RunDir(out).store
     while process.poll() is None and not look(store).running:

@@ -85,7 +85,11 @@ def slurm(folder: Path) -> Iterator[None]:
     try:
         for command in commands:
             daemons.append(
-                subprocess.Popen([_find(command[0]) or command[0], *command[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.Popen(
+                    [_find(command[0]) or command[0], *command[1:]],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
             )
             time.sleep(0.5)
         _wait_until_idle()

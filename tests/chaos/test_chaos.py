@@ -24,7 +24,9 @@ def test_a_few_kills(world: World, finished_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("test", [disk_full, read_only, clock_set_back])
-def test_disks_and_clocks(world: World, finished_run: Path, tmp_path: Path, test: Callable[[World, Path, dict[str, str]], None]) -> None:
+def test_disks_and_clocks(
+    world: World, finished_run: Path, tmp_path: Path, test: Callable[[World, Path, dict[str, str]], None]
+) -> None:
     shutil.copytree(finished_run, tmp_path / "whole")
     try:
         test(world, tmp_path, digests(finished_run))

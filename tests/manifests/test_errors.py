@@ -26,6 +26,8 @@ def test_a_reason_fits_into_a_line(said: str, told: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda:99", "meta", "cpux"])
 def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^device: '{name}' is not usable here \(.*\); set device=auto, or cpu$") as caught:
+    with pytest.raises(
+        UserError, match=rf"^device: '{name}' is not usable here \(.*\); set device=auto, or cpu$"
+    ) as caught:
         choose_device(name)
     assert "\n" not in str(caught.value)

@@ -11,7 +11,16 @@ import yaml
 from pydantic import Field
 
 from manifests import Execution, Location, UserError, load_recipe, recipe_dataclass
-from manifests.recipe import apply_overrides, as_tree, fingerprint, first_difference, flatten, identity, make_recipe, nearest
+from manifests.recipe import (
+    apply_overrides,
+    as_tree,
+    fingerprint,
+    first_difference,
+    flatten,
+    identity,
+    make_recipe,
+    nearest,
+)
 
 
 @recipe_dataclass
@@ -46,7 +55,14 @@ def folder(tmp_path: Path) -> Path:
 def test_file_defaults_and_overrides(folder: Path) -> None:
     """By name or by path; what the file leaves out has its default; overrides win and are YAML."""
     assert load_recipe(Car, "city", folder) == Car(wheels=4, engine=Engine(power=2.5))
-    overrides = ["engine.power=3", "engine.gears=[1, 2, 3]", "loud=true", "engine.file=a=b.txt", "threads=null", "wheels=6"]
+    overrides = [
+        "engine.power=3",
+        "engine.gears=[1, 2, 3]",
+        "loud=true",
+        "engine.file=a=b.txt",
+        "threads=null",
+        "wheels=6",
+    ]
     made = load_recipe(Car, str(folder / "truck.yaml"), folder, overrides)
     assert made == Car(wheels=6, engine=Engine(power=3.0, gears=(1, 2, 3), file="a=b.txt"), loud=True)
     assert load_recipe(Car, "city", folder, ["spare.power=4"]).spare == Engine(power=4.0)
@@ -111,7 +127,9 @@ def test_the_file_is_named(folder: Path) -> None:
 
 
 def test_unknown_recipe_names(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe 'trucks': no such file, and no recipe of that name; did you mean 'truck'\?"):
+    with pytest.raises(
+        UserError, match=r"recipe 'trucks': no such file, and no recipe of that name; did you mean 'truck'\?"
+    ):
         load_recipe(Car, "trucks", folder)
     with pytest.raises(UserError, match=r"recipe 'zzz': .*; known: city, truck"):
         load_recipe(Car, "zzz", folder)
@@ -120,7 +138,12 @@ def test_unknown_recipe_names(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tag", ["!!python/object/apply:os.system ['touch pwned']", "!!python/name:os.system", "!!python/object/new:os.mkdir [pwned]"]
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch pwned']",
+        "!!python/name:os.system",
+        "!!python/object/new:os.mkdir [pwned]",
+    ],
 )
 def test_python_tags_are_refused_and_not_run(folder: Path, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """YAML that would make Python objects is refused; nothing runs."""
@@ -167,10 +190,14 @@ def test_first_difference_is_looked_for_on_both_sides(
 
 def test_identity_of_the_real_recipe() -> None:
     """Of stage 1: every path, device, threads, max_errors and who launches are free; everything else counts."""
-    from pipeline.recipe import Discretizer, Launch, Recipe, Source, Teacher
+    from pipeline.method.discretizer import Discretizer
+    from pipeline.method.teacher import Teacher
+    from pipeline.recipe import Launch, Recipe, Source
 
     launch = Launch(slurm={"partition": "gpu"})
-    recipe = Recipe(source=Source(data="d", classes="c"), teacher=Teacher(model="m"), discretizer=Discretizer(), launch=launch)
+    recipe = Recipe(
+        source=Source(data="d", classes="c"), teacher=Teacher(model="m"), discretizer=Discretizer(), launch=launch
+    )
     free = {
         "source.data", "source.classes", "teacher.model", "teacher.weights", "teacher.templates", "discretizer.weights",
         "max_errors", "device", "threads", "codec_threads", "launch.launcher", "launch.workers", "launch.retries", "launch.slurm.partition",

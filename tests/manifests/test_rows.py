@@ -20,7 +20,11 @@ ROWS: list[dict[str, Any]] = [
     {"key": "b", "shard": 3, "label": None, "status": "error", "reason": "unreadable image: ünïcode"},
 ]  # fmt: skip
 RECORD = PartRecord(
-    shard=3, source="source-3.tar", run="0123", samples=2, tars=(TarRecord(name="dad/dad-000003.tar", size=1, sha256="ab", samples=1),)
+    shard=3,
+    source="source-3.tar",
+    run="0123",
+    samples=2,
+    tars=(TarRecord(name="dad/dad-000003.tar", size=1, sha256="ab", samples=1),),
 )
 
 
@@ -36,7 +40,11 @@ def test_same_rows_same_bytes() -> None:
     """Equal input gives equal bytes, whatever the order of a row's or the metadata's fields."""
     turned = [dict(reversed(row.items())) for row in ROWS]
     assert encode_part(ROWS, RECORD) == encode_part(turned, RECORD)
-    assert encode_rows(ROWS, {"a": 1, "b": 2}) == encode_rows(ROWS, {"b": 2, "a": 1}) != encode_rows(ROWS, {"a": 1, "b": 3})
+    assert (
+        encode_rows(ROWS, {"a": 1, "b": 2})
+        == encode_rows(ROWS, {"b": 2, "a": 1})
+        != encode_rows(ROWS, {"a": 1, "b": 3})
+    )
 
 
 def test_no_rows() -> None:

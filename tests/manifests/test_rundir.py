@@ -45,7 +45,10 @@ def test_claim(tmp_path: Path) -> None:
         (info(identity={"seed": 0, "attack.eps": 0.2}), r"attack\.eps was 0\.1, now 0\.2"),
         (info(identity={"seed": 0}), r"attack\.eps was 0\.1, now None"),
         (info(identity={"seed": 0, "attack.eps": 0.1, "new": 5}), r"new was None, now 5"),
-        (info(fingerprints={"teacher": "u", "source": "s"}), r"the teacher \(its content's fingerprint\) was 't', now 'u'"),
+        (
+            info(fingerprints={"teacher": "u", "source": "s"}),
+            r"the teacher \(its content's fingerprint\) was 't', now 'u'",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             directory.claim(changed)
@@ -53,7 +56,9 @@ def test_claim(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "memory://"])
-@pytest.mark.parametrize("name", ["README.md", "gallery.png", "clean/mine.txt", "dad/mine.txt", "manifest/mine.txt", "manifest.parquet"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "gallery.png", "clean/mine.txt", "dad/mine.txt", "manifest/mine.txt", "manifest.parquet"]
+)
 def test_files_of_others_are_not_overwritten(tmp_path: Path, scheme: str, name: str) -> None:
     """A new run keeps out of a place that holds a name of its own; where there is a run.json, the names are that run's."""
     directory = RunDir(f"{scheme}{tmp_path}")
@@ -89,7 +94,14 @@ def test_damaged_run_json(tmp_path: Path, content: bytes, message: str) -> None:
 def test_fields_of_the_wrong_type_in_run_json(run: RunDir) -> None:
     """run.json with text for a number, or a number for a list: refused as damaged, not found out by a stack trace later."""
     tree = json.loads(run.store.read("run.json"))
-    for field, value in (("shards", "five"), ("classes", 3), ("samples", None), ("identity", []), ("fingerprints", "x"), ("counts", 7)):
+    for field, value in (
+        ("shards", "five"),
+        ("classes", 3),
+        ("samples", None),
+        ("identity", []),
+        ("fingerprints", "x"),
+        ("counts", 7),
+    ):
         run.store.write("run.json", json.dumps({**tree, field: value}).encode())
         with pytest.raises(UserError, match=r"run\.json"):
             RunDir(run.store.url).info()

@@ -29,19 +29,40 @@ def test_help(cli, arguments: list[str]) -> None:  # type: ignore[no-untyped-def
     [
         (["--seed", "3"], ["--seed"]),  # an option that belongs to no command
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.epz=1"], ["attack.epz", "'eps'"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=much"], ["attack.eps", "number", "much"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=-1"], ["attack.eps", "greater than or equal to 0"]),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=much"],
+            ["attack.eps", "number", "much"],
+        ),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=-1"],
+            ["attack.eps", "greater than or equal to 0"],
+        ),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=.inf"], ["attack.eps", "inf"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack"], ["attack", "field=value"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.eps=[1"], ["attack.eps", "YAML"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "attack.norm=l3"], ["attack.norm", "l2"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "batch=-1"], ["batch", "greater than or equal to 0"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "source.classes=gone.yaml"], ["source.classes", "gone.yaml"]),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "batch=-1"],
+            ["batch", "greater than or equal to 0"],
+        ),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "source.classes=gone.yaml"],
+            ["source.classes", "gone.yaml"],
+        ),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--data", "gone"], ["source.data", "gone", "no such"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "teacher.model=ViT-B-33"], ["teacher.model", "'ViT-B-32'"]),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "teacher.model=ViT-B-33"],
+            ["teacher.model", "'ViT-B-32'"],
+        ),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "teacher.kind=timm"], ["teacher.model", "timm"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "discretizer.weights=gone"], ["discretizer.weights", "gone"]),
-        (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "discretizer.config.n_embed=9"], ["discretizer", "does not fit"]),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "discretizer.weights=gone"],
+            ["discretizer.weights", "gone"],
+        ),
+        (
+            ["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "discretizer.config.n_embed=9"],
+            ["discretizer", "does not fit"],
+        ),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "device=tpu9"], ["device", "tpu9"]),
         (["generate", "--recipe", "RECIPE", "--out", "OUT", "--set", "canvas=33"], ["canvas", "33"]),
         (["generate", "--recipe", "dem"], ["dem", "'demo'"]),
@@ -156,7 +177,10 @@ def test_ctrl_c_in_the_first_second(world, start: Callable[..., subprocess.Popen
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None and time.monotonic() < end
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20) == ("", "\ninterrupted before anything was done\n") and process.returncode == 130
+    assert (
+        process.communicate(timeout=20) == ("", "\ninterrupted before anything was done\n")
+        and process.returncode == 130
+    )
 
 
 IMPORTING = """

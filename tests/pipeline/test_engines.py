@@ -42,9 +42,22 @@ def single_run(world, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type
 def generate(world, out: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:  # type: ignore[no-untyped-def]
     """``python -m pipeline generate`` in ``folder``."""
     options = [part for override in PIECES for part in ("--set", override)]
-    command = [sys.executable, "-m", "pipeline", "generate", "--recipe", str(world.recipe), "--out", str(out), *options, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "generate",
+        "--recipe",
+        str(world.recipe),
+        "--out",
+        str(out),
+        *options,
+        *arguments,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -85,7 +98,17 @@ def test_options_that_slurm_does_not_know(world, cli, tmp_path: Path, monkeypatc
     if reason := why_not():
         pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
-    line = cli("generate", "--recipe", world.recipe, "--out", "run", "--launcher", "slurm", "--set", "launch.slurm={partitoin: gpu}").err
+    line = cli(
+        "generate",
+        "--recipe",
+        world.recipe,
+        "--out",
+        "run",
+        "--launcher",
+        "slurm",
+        "--set",
+        "launch.slurm={partitoin: gpu}",
+    ).err
     assert "launch.slurm: unknown option 'partitoin'; did you mean 'partition'" in line.splitlines()[-1]
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from manifests import RunDir, UserError
 from pipeline.generate import make_shards, near_chance, prepare_job
+from pipeline.job.worker import Work, work_through
 from pipeline.verify import problems
-from pipeline.worker import Work, work_through
 from shards import ShardDataset
 
 from ..conftest import write_tar
@@ -104,14 +104,21 @@ def test_a_finished_run_is_left_alone(world, run_copy: Path) -> None:  # type: i
     "damage",
     [
         lambda run: (run / "dad" / "dad-000001.tar").unlink(),
-        lambda run: (run / "clean" / "clean-000001.tar").write_bytes((run / "clean" / "clean-000001.tar").read_bytes()[:-512]),
+        lambda run: (run / "clean" / "clean-000001.tar").write_bytes(
+            (run / "clean" / "clean-000001.tar").read_bytes()[:-512]
+        ),
         lambda run: (run / "manifest" / "part-000001.parquet").unlink(),
         lambda run: (run / "manifest" / "part-000001.parquet").write_bytes(b"PAR1 no more"),
         lambda run: shutil.copy(run / "manifest" / "part-000000.parquet", run / "manifest" / "part-000001.parquet"),
     ],
 )
 def test_only_what_is_damaged_is_made_anew(
-    world, run_copy: Path, finished_run: Path, run_digests: Digests, damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+    world,
+    run_copy: Path,
+    finished_run: Path,
+    run_digests: Digests,
+    damage: Callable[[Path], object],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # type: ignore[no-untyped-def]
     """A damaged shard comes back with the same bytes; the files of the others are not touched."""
     damage(run_copy)
@@ -160,7 +167,9 @@ def test_a_shard_made_anew_after_sealing(world, run_copy: Path) -> None:  # type
     run = RunDir(run_copy)
     table, record = run.part(1)
     for rows, padding in ((table.to_pylist(), 10240), ([row | {"clean_prob": 0.5} for row in table.to_pylist()], 0)):
-        tars = {tar.name.partition("/")[0]: (run.store.read(tar.name) + bytes(padding), tar.samples) for tar in record.tars}
+        tars = {
+            tar.name.partition("/")[0]: (run.store.read(tar.name) + bytes(padding), tar.samples) for tar in record.tars
+        }
         run.commit(1, rows, tars, source=record.source, run=record.run)
         assert list(problems(str(run_copy)))
         make_shards(world.load(), str(run_copy))
@@ -172,26 +181,40 @@ def test_other_versions(world, run_copy: Path, capsys: pytest.CaptureFixture[str
     run, now = RunDir(run_copy), RunDir(run_copy).info().versions
     run.write_info(replace(run.info(), versions=now | {"torch": "2.5.1", "pillow": "10.2.0"}))
     make_shards(world.load(), str(run_copy))
-    assert run.info().versions == now | {"torch": "2.5.1", "pillow": "10.2.0"} and "began with" not in capsys.readouterr().err
+    assert (
+        run.info().versions == now | {"torch": "2.5.1", "pillow": "10.2.0"}
+        and "began with" not in capsys.readouterr().err
+    )
     both = {"torch": f"2.5.1 and {now['torch']}", "pillow": f"10.2.0 and {now['pillow']}"}
     for notes in (1, 0):
         run.withdraw(1)
         make_shards(world.load(), str(run_copy))
         assert run.info().versions == now | both and f"torch {both['torch']}" in (run_copy / "README.md").read_text()
-        assert capsys.readouterr().err.count(f"began with torch 2.5.1, now {now['torch']}, pillow 10.2.0, now {now['pillow']}: ") == notes
+        assert (
+            capsys.readouterr().err.count(
+                f"began with torch 2.5.1, now {now['torch']}, pillow 10.2.0, now {now['pillow']}: "
+            )
+            == notes
+        )
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60
+) -> None:
     """Look every millisecond until the condition holds or the process has ended."""
     end = time.monotonic() + seconds
-    alive = process.is_alive if isinstance(process, multiprocessing.process.BaseProcess) else lambda: process.poll() is None
+    alive = (
+        process.is_alive if isinstance(process, multiprocessing.process.BaseProcess) else lambda: process.poll() is None
+    )
     while not condition() and alive():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.001)
 
 
 @pytest.mark.slow
-def test_killed_runs_end_in_the_same_bytes(world, finished_run: Path, run_digests: Digests, start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_killed_runs_end_in_the_same_bytes(
+    world, finished_run: Path, run_digests: Digests, start, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     """kill -9 in the first shard, between shards and while sealing; run to the end: the bytes of a run that was never killed."""
     out = tmp_path / "run"
     moments = [
@@ -249,7 +272,7 @@ def test_a_polite_end(world, start, cli, tmp_path: Path, number: signal.Signals)
 
 def test_stale_temporaries_are_removed(world, run_copy: Path) -> None:  # type: ignore[no-untyped-def]
     """What a killed process of this host left is removed; what a living one is writing is not."""
-    from manifests import store
+    from manifests.files import store
 
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -335,7 +358,9 @@ def test_what_changes_nothing_may_change(world, run_copy: Path, tmp_path: Path) 
     lists = yaml.safe_load((world.clip / "prompts.yaml").read_text())
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({"templates": lists["templates"]}))
-    (tmp_path / "prompts.yaml").write_text("# a comment\n" + yaml.safe_dump(lists | {"templates": ["not used: {}"], "more": 1}))
+    (tmp_path / "prompts.yaml").write_text(
+        "# a comment\n" + yaml.safe_dump(lists | {"templates": ["not used: {}"], "more": 1})
+    )
     make_shards(world.load(f"source.classes={tmp_path / 'prompts.yaml'}", f"teacher.templates={own}"), str(run_copy))
 
 
@@ -361,7 +386,11 @@ def test_disk_full(world, cli, finished_run: Path, run_digests: Digests, small_d
     whole = sum(path.stat().st_size for path in finished_run.rglob("*.tar"))
     out = small_disk(f"size={whole // 2 // 4096 * 4}k") / "run"
     told = cli("generate", "--recipe", world.recipe, "--out", out)
-    assert told.status == 2 and "the disk is full" in told.err.splitlines()[-1] and told.err.splitlines()[-1].startswith("error: ")
+    assert (
+        told.status == 2
+        and "the disk is full" in told.err.splitlines()[-1]
+        and told.err.splitlines()[-1].startswith("error: ")
+    )
     made = run_digests(out)
     assert made and made.items() <= run_digests(finished_run).items() and not leftovers(out)
     small_disk("remount,size=16m")
@@ -419,7 +448,11 @@ def test_nothing_verified(world, finished_run: Path, tmp_path: Path) -> None:  #
     make_shards(world.load(f"source.data={tmp_path / 'images'}", "batch=1"), str(out))
     counts = RunDir(out).info().counts
     assert counts == {"rejected": 2}, "batches of one changed the verdict: choose clearer samples"
-    assert list(problems(str(out))) == [] and len(ShardDataset(str(out), "dad")) == 0 and len(ShardDataset(str(out), "clean")) == 2
+    assert (
+        list(problems(str(out))) == []
+        and len(ShardDataset(str(out), "dad")) == 0
+        and len(ShardDataset(str(out), "clean")) == 2
+    )
 
 
 class Record:
@@ -435,21 +468,31 @@ def rows_of(run: Path) -> list[Record]:
     return [Record(row) for row in RunDir(run).manifest()[0].to_pylist()]
 
 
-def test_labels_that_are_not_the_teachers_are_told(world, finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_labels_that_are_not_the_teachers_are_told(
+    world, finished_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     """72 images under the next class's number, as a class list in another order gives: one line at the end; with the right ones none."""
     table, _ = RunDir(finished_run).manifest(["key", "clean_pred"])
     sees = {row["key"]: row["clean_pred"] for row in table.to_pylist() if row["clean_pred"] is not None}
     images = {
-        str(path.relative_to(world.images).with_suffix("")).replace("/", "-"): path.read_bytes() for path in world.images.rglob("*.jpg")
+        str(path.relative_to(world.images).with_suffix("")).replace("/", "-"): path.read_bytes()
+        for path in world.images.rglob("*.jpg")
     }
     for shift in (0, 1):
         source = tmp_path / f"{shift}.tar"
-        samples = [(f"{again}-{key}", images[key], (label + shift) % 5) for again in range(2) for key, label in sees.items()]
-        write_tar(source, [m for key, image, label in samples for m in ((f"{key}.jpg", image), (f"{key}.cls", str(label).encode()))])
+        samples = [
+            (f"{again}-{key}", images[key], (label + shift) % 5) for again in range(2) for key, label in sees.items()
+        ]
+        write_tar(
+            source,
+            [m for key, image, label in samples for m in ((f"{key}.jpg", image), (f"{key}.cls", str(label).encode()))],
+        )
         make_shards(world.load(f"source.data={source}", "attack.steps=0"), str(tmp_path / f"run{shift}"))
         said = [line for line in capsys.readouterr().err.splitlines() if "guessing" in line]
         assert len(said) == shift
-    assert said[0].startswith("note: on 0.0% of the clean images the teacher sees the label; guessing sees it on 20.0%.")
+    assert said[0].startswith(
+        "note: on 0.0% of the clean images the teacher sees the label; guessing sees it on 20.0%."
+    )
 
 
 def test_few_samples_raise_no_doubt_about_the_labels() -> None:
@@ -483,7 +526,9 @@ def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, caps
     tar, data = source / "source-0.tar", bytearray((source / "source-0.tar").read_bytes())
     with tarfile.open(tar) as members:
         image = next(member for member in members if member.name.replace("/", "-") == f"{row['key']}.jpg")
-    data[image.offset_data + 100 : image.offset_data + image.size] = bytes(image.size - 100)  # names, labels and sizes stay as they were
+    data[image.offset_data + 100 : image.offset_data + image.size] = bytes(
+        image.size - 100
+    )  # names, labels and sizes stay as they were
     tar.write_bytes(data)
     for name in ("gallery.png", "manifest.parquet"):
         (out / name).unlink()
@@ -507,6 +552,10 @@ def test_card_and_gallery(finished_run: Path) -> None:
     assert tree["task_categories"] == ["image-classification"] and tree["size_categories"] == ["n<1K"]
     assert [config["data_files"] for config in tree["configs"]] == ["clean/*.tar", "dad/*.tar"]
     info = json.loads((finished_run / "run.json").read_text())
-    assert f"| {info['counts']['verified']:,} (" in text and "eps: 1.0" in text and all(p in text for p in info["fingerprints"].values())
+    assert (
+        f"| {info['counts']['verified']:,} (" in text
+        and "eps: 1.0" in text
+        and all(p in text for p in info["fingerprints"].values())
+    )
     image = Image.open(io.BytesIO((finished_run / "gallery.png").read_bytes()))
     assert image.format == "PNG" and image.width > 800 and np.asarray(image.convert("L")).std() > 10

@@ -40,7 +40,9 @@ def huge_png() -> bytes:
     row = zlib.compressobj(9)
     data = b"".join(row.compress(bytes(1 + HUGE // 8)) for _ in range(HUGE)) + row.flush()
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", HUGE, HUGE, 1, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
+    parts = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -76,7 +78,9 @@ def test_a_hostile_source(world, tmp_path: Path) -> None:  # type: ignore[no-unt
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = tmp_path / "run"
     make_shards(world.load(f"source.data={source}", "max_errors=1"), str(out))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "kilobytes"  # a GB; the PNG alone would need ten
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, (
+        "kilobytes"
+    )  # a GB; the PNG alone would need ten
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
     rows = {row["key"]: row for row in RunDir(out).manifest()[0].to_pylist()}
     assert len(rows) == len(files) and rows["good"]["status"] != "error" and rows["code"]["status"] != "error"
@@ -90,7 +94,11 @@ def test_hostile_shards(make_run, tmp_path: Path, member: str) -> None:  # type:
     marker = tmp_path / "pwned"
     objects = io.BytesIO()
     np.save(objects, np.array([Payload(marker)], dtype=object), allow_pickle=True)
-    hostile = {"logits.npy": objects.getvalue(), "cls": pickle.dumps(Payload(marker)), "png": pickle.dumps(Payload(marker))}
+    hostile = {
+        "logits.npy": objects.getvalue(),
+        "cls": pickle.dumps(Payload(marker)),
+        "png": pickle.dumps(Payload(marker)),
+    }
 
     def edit(_stream: str, key: str, members: dict[str, bytes]) -> dict[str, bytes]:
         extra = {"pyd": hostile["cls"], "pth": hostile["cls"], "codes.npy": objects.getvalue()}

@@ -21,16 +21,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import RunDir, UserError
 from manifests.claims import Claims, look, read_claim, read_failure, record_failure
-from pipeline.classes import load_classes
 from pipeline.generate import make_shards, prepare_job
+from pipeline.job.worker import Work, _free_shards, _Pace, unfinished, work_through
 from pipeline.launchers import local
 from pipeline.launchers.local import devices
 from pipeline.recipe import Recipe
-from pipeline.sources import plan_source
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
-from pipeline.worker import Work, _free_shards, _Pace, unfinished, work_through
 from shards import ShardDataset
+from shards.sources import plan_source
+from shards.sources.classes import load_classes
 
 Digests = Callable[[Path], dict[str, str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -53,7 +53,9 @@ def children(pid: int) -> list[int]:
 
 def gone(pids: list[int]) -> bool:
     """Ended: no process of that number, or one that only waits to be counted as dead."""
-    states = [path.read_text().rpartition(")")[2].split()[0] for pid in pids if (path := Path(f"/proc/{pid}/stat")).exists()]
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for pid in pids if (path := Path(f"/proc/{pid}/stat")).exists()
+    ]
     return set(states) <= {"Z"}
 
 
@@ -85,7 +87,9 @@ def test_a_worker_is_killed(world, slow_run: Path, run_digests: Digests, start: 
 
 
 @pytest.mark.slow
-def test_the_parent_is_killed_and_two_go_on(world, slow_run: Path, run_digests: Digests, start: Start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_parent_is_killed_and_two_go_on(
+    world, slow_run: Path, run_digests: Digests, start: Start, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     """kill -9 of the command: its workers end too. Then two commands at once: both end well, one valid set, the same bytes."""
     out = tmp_path / "run"
     process = start("generate", "--recipe", world.recipe, "--out", out, "--workers", "2", *SLOW)
@@ -105,7 +109,16 @@ def test_ctrl_c(world, start: Start, cli, tmp_path: Path) -> None:  # type: igno
     """Ctrl-C in a terminal reaches the command and its workers: all gone in seconds, one line, no claim left behind."""
     out = tmp_path / "run"
     process = start(
-        "generate", "--recipe", world.recipe, "--out", out, "--workers", "2", "--set", "attack.steps=1000", start_new_session=True
+        "generate",
+        "--recipe",
+        world.recipe,
+        "--out",
+        out,
+        "--workers",
+        "2",
+        "--set",
+        "attack.steps=1000",
+        start_new_session=True,
     )
     wait_for(lambda: list(claims_of(out)))
     workers = children(process.pid)
@@ -129,13 +142,20 @@ def test_ctrl_c_never_reaches_a_worker(world, start: Start, tmp_path: Path) -> N
 
 def test_a_worker_s_complaint(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """What a worker finds wrong with the recipe is the command's one line."""
-    told = cli("generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", "--set", "device=cuda:7")
+    told = cli(
+        "generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", "--set", "device=cuda:7"
+    )
     assert told.status == 2 and told.err.splitlines()[-1].startswith("error: device: 'cuda:7' is not usable here")
 
 
 @pytest.mark.slow
 def test_one_bad_device(  # type: ignore[no-untyped-def]
-    world, finished_run: Path, run_digests: Digests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world,
+    finished_run: Path,
+    run_digests: Digests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The worker on it says why and leaves; the other makes all shards."""
     monkeypatch.setattr(local, "devices", lambda recipe: ["cuda:7", "cpu"])
@@ -168,7 +188,9 @@ def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests
     command = ("generate", "--recipe", world.recipe, "--out", out)
     told = cli(*command)
     line = told.err.splitlines()[-1]
-    assert told.status == 2 and "1 of 3 shards could not be made, the first 1: failed 3 times: IsADirectoryError" in line
+    assert (
+        told.status == 2 and "1 of 3 shards could not be made, the first 1: failed 3 times: IsADirectoryError" in line
+    )
     assert not (out / "manifest.parquet").exists() and RunDir(out).shards_with_parts() == {0, 2}
     lines = status_lines(str(out), Survey(RunDir(out)).look(tars=True))
     assert "2 of 3 shards done, 1 missing, 0 damaged, 1 failed" in lines[0] and "failed: shard 1, 3 times" in lines[1]
@@ -184,7 +206,11 @@ def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests
 
     (out / "dad" / "dad-000001.tar").rmdir()
     assert cli(*command).status == 0
-    assert run_digests(out) == run_digests(finished_run) and RunDir(out).info().missing is None and not (out / "work").exists()
+    assert (
+        run_digests(out) == run_digests(finished_run)
+        and RunDir(out).info().missing is None
+        and not (out / "work").exists()
+    )
 
 
 def test_a_broken_worker_does_not_eat_every_shard(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -227,11 +253,20 @@ def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest
     reason = "the store refuses or cannot be reached (Forbidden)"
     if kind == "tars":
         failure = read_failure(job.out.store, 1)
-        assert job.out.shards_with_parts() == {0, 2} and failure is not None and failure.tries == 3 and reason in failure.reason
+        assert (
+            job.out.shards_with_parts() == {0, 2}
+            and failure is not None
+            and failure.tries == 3
+            and reason in failure.reason
+        )
     else:
         rows = {row["key"]: row for row in job.out.join(range(3))[0].to_pylist()}
         (key,) = (key for key in rows if key.endswith("img_020"))
-        assert len(rows) == 36 and rows[key]["status"] == "error" and rows[key]["reason"].startswith("cannot read the file: guarded:/")
+        assert (
+            len(rows) == 36
+            and rows[key]["status"] == "error"
+            and rows[key]["reason"].startswith("cannot read the file: guarded:/")
+        )
         assert sum(row["status"] == "error" for row in rows.values()) == 2
 
 
@@ -308,7 +343,9 @@ BUSY = {"503": 0.05, "cut answer": 0.02, "cut request": 0.02}
 
 
 @pytest.mark.slow
-def test_an_object_store_under_fire(world, finished_run: Path, run_digests: Digests, faults: dict[str, float], cli) -> None:  # type: ignore[no-untyped-def]
+def test_an_object_store_under_fire(
+    world, finished_run: Path, run_digests: Digests, faults: dict[str, float], cli
+) -> None:  # type: ignore[no-untyped-def]
     """OUT=s3://…, while the store answers 503 and cuts connections: the same bytes; status, verify and the reader work on the URL."""
     url = "s3://bucket/under-fire"
     faults |= BUSY

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from manifests import Store
-from pipeline.classes import load_classes
-from pipeline.models import Models, load_models
+from pipeline.job.models import Models, load_models
+from pipeline.job.shard import run_shard
 from pipeline.recipe import Recipe, load
 from pipeline.renditions.clip import TEACHER_DIR, learn_bpe
 from pipeline.renditions.compose import SETS, compose, compose_set
 from pipeline.renditions.glyphs import load_glyphs
 from pipeline.renditions.scene import TRAIN, Scenes, draw_scenes, render_scenes
 from pipeline.renditions.styles import CLASSES, CLEAN, STYLES, TEACHER, UNSEEN, display_name
-from pipeline.shard_job import run_shard
-from pipeline.sources import plan_source
 from shards import seeded_generator
 from shards.codec import to_float
+from shards.sources import plan_source
+from shards.sources.classes import load_classes
 
 Glyphs = dict[str, dict[int, torch.Tensor]]
 
@@ -102,7 +102,9 @@ def test_demo_attack_keeps_between_half_and_most(tmp_path: Path, glyphs: Glyphs,
     compose(tmp_path / "world", ("rendition-3d",))
     classes = load_classes(TEACHER_DIR / "prompts.yaml")
     piece = plan_source(str(tmp_path / "world" / "rendition-3d"), classes, 200).pieces[0]
-    rows = run_shard(0, replace(piece, count=200), recipe, classes, models, RunDir(tmp_path / "out"), "run", lambda rows: None)
+    rows = run_shard(
+        0, replace(piece, count=200), recipe, classes, models, RunDir(tmp_path / "out"), "run", lambda rows: None
+    )
     kept = sum(row["status"] == "verified" for row in rows) / len(rows)
     assert 0.4 <= kept <= 0.9
     judged = [row for row in rows if row["status"] != "error"]

@@ -33,7 +33,9 @@ def test_missing_and_damaged_shards(run_copy: Path) -> None:
     assert "2 of 3 shards done, 1 missing, 0 damaged" in lines_of(run_copy)[0]
     lines = lines_of(run_copy, content=True)
     assert "1 of 3 shards done, 1 missing, 1 damaged" in lines[0] and any(f"damaged: {tar}: " in line for line in lines)
-    assert any(line.strip() == "missing: 0" for line in lines) and "run the same `make shards` command again" in lines[-1]
+    assert (
+        any(line.strip() == "missing: 0" for line in lines) and "run the same `make shards` command again" in lines[-1]
+    )
     tar.unlink()
     assert "1 of 3 shards done, 1 missing, 1 damaged" in lines_of(run_copy)[0]
 
@@ -91,7 +93,9 @@ def test_silent_workers_do_not_count(run_copy: Path) -> None:
     assert state.rate == 0 and any("no sign of life for 1:00:0" in line for line in status_lines("OUT", state))
     assert "nothing is running" in status_lines("OUT", state)[-1]
     claim(run_copy, 1, samples=5, rate=0.5, beat=2)
-    os.utime(run_copy / "work" / "running-000001.json", (hour_ago, hour_ago))  # whatever the clocks say: its content has changed
+    os.utime(
+        run_copy / "work" / "running-000001.json", (hour_ago, hour_ago)
+    )  # whatever the clocks say: its content has changed
     assert survey.look().rate == 0.5
 
 

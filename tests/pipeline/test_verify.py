@@ -21,7 +21,7 @@ from manifests import RunDir, UserError
 from manifests.rows import TarRecord, encode_part, encode_table
 from manifests.rundir import part_name
 from pipeline.generate import make_shards
-from pipeline.models import Models
+from pipeline.job.models import Models
 from pipeline.verify import _infer, problems, reinfer, summary
 from shards import TarWriter, iterate_tar
 from shards.codec import encode_array
@@ -202,7 +202,12 @@ def test_not_sealed_and_no_run(run_copy: Path, tmp_path: Path) -> None:
     (run_copy / "manifest.parquet").unlink()
     (line,) = named(run_copy)
     assert "not complete yet" in line
-    for content, reason in ((b"{", "damaged"), (b"[]", "damaged"), (b'{"format": 99}', "format 99"), (b'{"format": 1}', "damaged")):
+    for content, reason in (
+        (b"{", "damaged"),
+        (b"[]", "damaged"),
+        (b'{"format": 99}', "format 99"),
+        (b'{"format": 1}', "damaged"),
+    ):
         (run_copy / "run.json").write_bytes(content)
         with pytest.raises(UserError, match=reason):
             list(problems(str(run_copy)))

@@ -107,7 +107,10 @@ def test_read_ahead(server: Server) -> None:
         if all(server.fetched[name] for name in wanted):
             break
         threading.Event().wait(0.01)
-    assert all(server.fetched[name] for name in wanted) and sum(count for name, count in server.fetched.items() if "tar" in name) == 2
+    assert (
+        all(server.fetched[name] for name in wanted)
+        and sum(count for name, count in server.fetched.items() if "tar" in name) == 2
+    )
 
 
 def test_several_processes_fetch_a_tar_once(server: Server, plain_run: Path) -> None:
@@ -117,7 +120,9 @@ def test_several_processes_fetch_a_tar_once(server: Server, plain_run: Path) -> 
         "for tar in RunDir(sys.argv[2]).manifest()[1]: print(cache.fetch(source, tar))\n"
     )
     command = [sys.executable, "-c", program, server.url, str(plain_run)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(3)
+    ]
     told = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0] and len(set(told)) == 1
     assert set(server.fetched.values()) == {1} and len(server.fetched) == len(tars_of(plain_run))
@@ -148,13 +153,17 @@ def test_tars_that_made_room_give_their_blocks_back(plain_run: Path, cache_folde
     for tar in tars:
         cache.read_range(source, tar, 0, 512)
     held = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert len(list((cache_folder / "tars").glob("*.tar"))) == 1 and not [name for name in held if str(cache_folder) in name]
+    assert len(list((cache_folder / "tars").glob("*.tar"))) == 1 and not [
+        name for name in held if str(cache_folder) in name
+    ]
 
 
 def test_a_cache_that_is_too_small_is_refused(server: Server) -> None:
     with pytest.raises(UserError, match=r"three windows of 2 shards take .* GiB.*raise cache_gb, or lower window"):
         TrainingReader(server.url, batch_size=7, window=2, cache_gb=1e-6)
-    two_windows = sum(sum(tar.size for tar in tars_of(server.folder) if tar.name.startswith(stream)) for stream in ("clean", "dad"))
+    two_windows = sum(
+        sum(tar.size for tar in tars_of(server.folder) if tar.name.startswith(stream)) for stream in ("clean", "dad")
+    )
     with pytest.raises(UserError, match=r"three windows of 2 shards"):
         TrainingReader(server.url, batch_size=7, window=2, cache_gb=0.9 * two_windows / 2**30)
     tar = tars_of(server.folder)[0]
@@ -184,7 +193,9 @@ def test_tars_that_vanish_while_room_is_made(plain_run: Path, cache_folder: Path
     assert cache.read_range(source, tars[1], 0, 512) == Store(plain_run).read_range(tars[1].name, 0, 512)
 
 
-def test_a_full_disk_says_what_to_lower(plain_run: Path, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_says_what_to_lower(
+    plain_run: Path, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the tars and of the index: one line with the folder, cache_gb and DAD_CACHE."""
     disk = small_disk("size=32k")
     monkeypatch.setenv("DAD_CACHE", str(disk))
@@ -208,9 +219,11 @@ def test_a_connection_that_breaks_once(server: Server) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "cut"])
-def test_remote_damage_is_named(server: Server, cache_folder: Path, harm: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_damage_is_named(
+    server: Server, cache_folder: Path, harm: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tar that is not the manifest's never gets a name in the cache; reading stops with its URL, from any worker."""
-    monkeypatch.setattr("manifests.store.PAUSES", (0.05, None))
+    monkeypatch.setattr("manifests.files.store.PAUSES", (0.05, None))
     name = "clean/clean-000002.tar"
     path = server.folder / name
     data = bytearray(path.read_bytes())
@@ -229,14 +242,18 @@ def test_remote_damage_is_named(server: Server, cache_folder: Path, harm: str, w
     assert "\n" not in str(caught.value) and not (cache_folder / "tars" / f"{digest}.tar").exists()
 
 
-def test_an_unwritable_cache_says_which_variable(plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_says_which_variable(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAD_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="DAD_CACHE"):
         TrainingReader(str(plain_run), batch_size=7)
 
 
-def test_a_cached_tar_that_the_disk_has_damaged_is_fetched_again(server: Server, cache_folder: Path, plain_run: Path) -> None:
+def test_a_cached_tar_that_the_disk_has_damaged_is_fetched_again(
+    server: Server, cache_folder: Path, plain_run: Path
+) -> None:
     """The remote is whole: a reader does not fail for ever, and does not blame the remote."""
     cache = TarCache(1 << 30)
     dataset = ShardDataset(server.url, "clean", cache=cache)

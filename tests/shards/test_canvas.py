@@ -38,7 +38,11 @@ def corner_colours(canvas: torch.Tensor) -> list[tuple[int, ...]]:
     """Colours in the middle of the four quarters, rounded to 0 or 255: top left, top right, bottom left, bottom right."""
     side = canvas.shape[1]
     near, far = side // 4, side - side // 4
-    return [tuple(255 * round(v / 255) for v in canvas[:, row, column].tolist()) for row in (near, far) for column in (near, far)]
+    return [
+        tuple(255 * round(v / 255) for v in canvas[:, row, column].tolist())
+        for row in (near, far)
+        for column in (near, far)
+    ]
 
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -127,7 +131,9 @@ def test_sixteen_bits(form: str) -> None:
 def test_animation_shows_its_first_frame() -> None:
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
     for form in ("GIF", "WEBP", "PNG"):
-        data = encode(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
+        data = encode(
+            frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+        )
         assert corner_colours(load_canvas(data, 32)) == [RED] * 4, form
 
 
@@ -151,8 +157,13 @@ def test_an_image_of_the_canvas_s_size_is_untouched() -> None:
 def test_large_jpegs_decoded_at_a_fraction_look_the_same() -> None:
     """JPEG's fast decoding at a fraction of the size gives what PNG's full decoding gives, within what the eye tells."""
     x, y = np.meshgrid(np.linspace(0, 6, 900), np.linspace(0, 4, 700))
-    picture = Image.fromarray(np.stack([127 + 120 * np.sin(x + y), 127 + 120 * np.cos(x), 127 + 120 * np.sin(2 * y)], -1).astype(np.uint8))
-    fast, full = load_canvas(encode(picture, "JPEG", quality=97), 32).float(), load_canvas(encode(picture, "PNG"), 32).float()
+    picture = Image.fromarray(
+        np.stack([127 + 120 * np.sin(x + y), 127 + 120 * np.cos(x), 127 + 120 * np.sin(2 * y)], -1).astype(np.uint8)
+    )
+    fast, full = (
+        load_canvas(encode(picture, "JPEG", quality=97), 32).float(),
+        load_canvas(encode(picture, "PNG"), 32).float(),
+    )
     assert (fast - full).abs().mean() < 2
 
 
@@ -258,7 +269,9 @@ def png_of(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (2_000_000_000, 2)])
 def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, python: Callable[..., Any]) -> None:
     """A small file that claims billions of pixels is a BadImage; with 400 MB of address space left nothing else happens."""
-    (tmp_path / "giant.png").write_bytes(png_of(width, 1)[:33].replace(struct.pack(">II", width, 1), struct.pack(">II", width, height)))
+    (tmp_path / "giant.png").write_bytes(
+        png_of(width, 1)[:33].replace(struct.pack(">II", width, 1), struct.pack(">II", width, height))
+    )
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
     told = python(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
     assert told.stdout.startswith("bad unreadable image"), told
@@ -278,7 +291,9 @@ def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., An
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
     (tmp_path / "gs").chmod(0o755)
     eps = tmp_path / "image.jpg"
-    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n0 0 40 40 rectfill\nshowpage\n%%EOF\n")
+    eps.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n0 0 40 40 rectfill\nshowpage\n%%EOF\n"
+    )
     program = "import sys; from shards.canvas import *\ntry: load_canvas(open(sys.argv[1], 'rb').read(), 32)\nexcept BadImage: print('bad')"
     import os
 

@@ -67,7 +67,14 @@ def test_what_is_no_image_is_refused_by_name(picture: torch.Tensor) -> None:
     gif = io.BytesIO()
     Image.new("RGB", (8, 8)).save(gif, "GIF")
     header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    for data in (b"", b"text", whole[: len(whole) // 2], encode_image(picture, ImageFormat())[:300], gif.getvalue(), header + bytes(50)):
+    for data in (
+        b"",
+        b"text",
+        whole[: len(whole) // 2],
+        encode_image(picture, ImageFormat())[:300],
+        gif.getvalue(),
+        header + bytes(50),
+    ):
         with pytest.raises(UserError, match=r"^dad-7\.tar: k: unreadable image") as caught:
             decode_image(data, "dad-7.tar: k")
         assert "\n" not in str(caught.value)

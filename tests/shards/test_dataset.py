@@ -35,7 +35,9 @@ def test_the_samples_of_a_stream(plain_run: Path, stream: Any) -> None:
     assert len(dataset) == len(expected) > 25
     for n, sample in enumerate(expected):
         found = dataset[n]
-        assert found.key == dataset.key(n) == sample.key and found.label == int(sample.members["cls"]) == dataset.labels[n]
+        assert (
+            found.key == dataset.key(n) == sample.key and found.label == int(sample.members["cls"]) == dataset.labels[n]
+        )
         assert found.logits.dtype == torch.float16 and found.logits.shape == (5,)
         assert np.array_equal(found.logits.numpy(), np.load(io.BytesIO(sample.members["logits.npy"])))
         assert found.image is not None and torch.equal(found.image, decode_image(sample.members["png"]))
@@ -88,7 +90,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated"),
     "emptied": (lambda path: path.write_bytes(b""), "truncated"),
     "removed": (lambda path: path.unlink(), "missing"),
-    "swapped": (lambda path: shutil.copy(path.with_name("dad-000000.tar"), path), "not the one that was written|truncated"),
+    "swapped": (
+        lambda path: shutil.copy(path.with_name("dad-000000.tar"), path),
+        "not the one that was written|truncated",
+    ),
 }
 
 
@@ -186,7 +191,9 @@ HOSTILE: dict[str, Callable[[Path], dict[str, bytes]]] = {
     "label is empty": lambda target: {"cls": b""},
     "label outside the class list": lambda target: {"cls": b"5"},
     "label is negative": lambda target: {"cls": b"-1"},
-    "logits are pickled objects": lambda target: {"logits.npy": npy(np.array([Trap(target)], dtype=object), allow_pickle=True)},
+    "logits are pickled objects": lambda target: {
+        "logits.npy": npy(np.array([Trap(target)], dtype=object), allow_pickle=True)
+    },
     "logits are a bare pickle": lambda target: {"logits.npy": pickle.dumps(Trap(target))},
     "logits are a zip": lambda target: {"logits.npy": archive()},
     "logits of another type": lambda target: {"logits.npy": npy(np.zeros(5, np.float32))},
@@ -229,7 +236,13 @@ def test_samples_without_label_or_logits(make_run: MakeRun, tmp_path: Path, miss
 def test_unknown_members_are_ignored(make_run: MakeRun, tmp_path: Path) -> None:
     """Pickles, modules and texts beside the known members are neither looked at nor run."""
     target = tmp_path / "pwned"
-    extra = {"pkl": pickle.dumps(Trap(target)), "pyd": b"MZ", "pth": b"import os; os.mkdir('pwned')", "json": b"{", "codes.npy": b"?"}
+    extra = {
+        "pkl": pickle.dumps(Trap(target)),
+        "pyd": b"MZ",
+        "pth": b"import os; os.mkdir('pwned')",
+        "json": b"{",
+        "codes.npy": b"?",
+    }
     dataset = ShardDataset(str(make_run(tmp_path / "run", edit=lambda stream, key, members: extra | members)), "dad")
     assert len([sample.image for sample in dataset]) == len(dataset) and not target.exists()  # type: ignore[attr-defined]
 
@@ -240,7 +253,9 @@ def reseal(run: Path, edit: Callable[[dict[str, Any]], object], **columns: list[
     edit(meta)
     for name, values in columns.items():
         table = table.set_column(
-            table.schema.get_field_index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type)
+            table.schema.get_field_index(name),
+            table.schema.field(name),
+            pa.array(values, table.schema.field(name).type),
         )
     data = encode_table(table, meta)
     (run / "manifest.parquet").write_bytes(data)
@@ -252,7 +267,10 @@ TARS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no tars": (lambda meta: meta.pop("tars"), "tars: input should be a valid list"),
     "no list": (lambda meta: meta.update(tars={"name": "a"}), "tars: input should be a valid list"),
     "no size": (lambda meta: meta["tars"][2].pop("size"), r"tars\.2\.size: field required"),
-    "a size in words": (lambda meta: meta["tars"][0].update(size="big"), r"tars\.0\.size: input should be a valid integer"),
+    "a size in words": (
+        lambda meta: meta["tars"][0].update(size="big"),
+        r"tars\.0\.size: input should be a valid integer",
+    ),
 }
 
 
@@ -268,7 +286,9 @@ def test_a_manifest_that_lacks_a_field(copy: Path, case: str) -> None:
 def test_a_manifest_of_negative_numbers(copy: Path, column: str) -> None:
     values = RunDir(copy).manifest([column])[0].column(column).to_pylist()
     reseal(copy, lambda meta: None, **{column: [-5, *values[1:]]})
-    with pytest.raises(UserError, match=rf"^{copy}/manifest\.parquet: dad samples of negative {column.removeprefix('dad_')}"):
+    with pytest.raises(
+        UserError, match=rf"^{copy}/manifest\.parquet: dad samples of negative {column.removeprefix('dad_')}"
+    ):
         ShardDataset(str(copy))
 
 
@@ -285,6 +305,11 @@ def test_a_run_without_a_canvas(copy: Path, canvas: object) -> None:
 def test_a_manifest_that_points_elsewhere(copy: Path) -> None:
     """A manifest re-made to name tars outside the run is refused: no other file is read."""
     shutil.copy(copy / "dad" / "dad-000000.tar", copy.parent / "secret-0.tar")
-    reseal(copy, lambda meta: [tar.update(name="dad/../../secret-0.tar") for tar in meta["tars"] if tar["name"] == "dad/dad-000000.tar"])
+    reseal(
+        copy,
+        lambda meta: [
+            tar.update(name="dad/../../secret-0.tar") for tar in meta["tars"] if tar["name"] == "dad/dad-000000.tar"
+        ],
+    )
     with pytest.raises(UserError, match=r"names 'dad/\.\./\.\./secret-0\.tar', which is no tar of a run directory"):
         ShardDataset(str(copy), "dad")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from manifests.cache import cache_folder
+from manifests.files.cache import cache_folder
 from shards import ShardDataset, TrainingReader
 from shards.benchmark import write_manifest
 
@@ -35,7 +35,12 @@ def test_a_damaged_index_is_made_anew(plain_run: Path, harm: str) -> None:
     flipped = bytearray(data)
     flipped[data.index(expected.index.offset.tobytes()) + 8 * 5 + 1] ^= 2
     if harm != "removed":
-        harmed = {"cut": data[: len(data) // 2], "emptied": b"", "nonsense": b"ARROW1\0\0" + bytes(1000), "flipped": flipped}
+        harmed = {
+            "cut": data[: len(data) // 2],
+            "emptied": b"",
+            "nonsense": b"ARROW1\0\0" + bytes(1000),
+            "flipped": flipped,
+        }
         path.write_bytes(harmed[harm])
     found = ShardDataset(str(plain_run), "clean")
     assert np.array_equal(found.index.offset, expected.index.offset) and path.read_bytes() == data
@@ -65,7 +70,9 @@ def test_processes_that_find_no_index_make_it_once(tmp_path: Path, python: Calla
     assert len(set(told)) == 1 and told[0].startswith("[1, 2, 3]") and (tmp_path / "made").read_text() == "made\n"
 
 
-def test_indexes_that_nobody_reads_are_removed(plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexes_that_nobody_reads_are_removed(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When another is written; one that is read stays, however old it is, and so does one that is mapped."""
     monkeypatch.setenv("DAD_CACHE", str(tmp_path))
     old, used = (ShardDataset(str(plain_run), stream).index for stream in ("clean", "dad"))
@@ -94,7 +101,9 @@ def test_workers_are_sent_a_path_and_no_data(plain_run: Path) -> None:
     data = pickle.dumps(reader)
     assert len(data) < 4000
     again = pickle.loads(data)
-    assert [half.keys for half in next(again.batches(1)).values()] == [half.keys for half in next(reader.batches(1)).values()]
+    assert [half.keys for half in next(again.batches(1)).values()] == [
+        half.keys for half in next(reader.batches(1)).values()
+    ]
 
 
 PROGRAM = """

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from manifests import RunDir, UserError
-from manifests.cache import cache_folder
+from manifests.files.cache import cache_folder
 from manifests.rows import encode_table
 from shards import ShardDataset, TrainingReader, iterate_tar
 from shards.own_images import OwnImages
@@ -32,7 +32,10 @@ def run(make_run: MakeRun, tmp_path: Path) -> Path:
 def own(tmp_path: Path) -> Path:
     """The user's tars: other tars than the run's shards, in another order, with images that are not of the run, and not square."""
     keys = [f"s{shard}-{n:02d}" for shard, size in enumerate(SIZES) for n in range(size)]
-    images = {key: jpeg(picture[:, :, :24]) for key, picture in zip([*keys, "extra"], draw_pictures(len(keys) + 1), strict=True)}
+    images = {
+        key: jpeg(picture[:, :, :24])
+        for key, picture in zip([*keys, "extra"], draw_pictures(len(keys) + 1), strict=True)
+    }
     order = sorted(images, key=lambda key: key[::-1])
     folder = tmp_path / "own"
     folder.mkdir()
@@ -54,7 +57,11 @@ def test_images_join_their_labels(run: Path, own: Path) -> None:
     assert len(joined) == len(bare) > 15
     for n in range(len(bare)):
         assert bare[n].image is None and joined[n].image is not None
-        assert joined[n].key == bare[n].key and joined[n].label == bare[n].label and torch.equal(joined[n].logits, bare[n].logits)
+        assert (
+            joined[n].key == bare[n].key
+            and joined[n].label == bare[n].label
+            and torch.equal(joined[n].logits, bare[n].logits)
+        )
         assert torch.equal(joined[n].image, by_key[bare[n].key])  # type: ignore[arg-type]
 
 
@@ -103,7 +110,9 @@ def test_a_run_without_names(run: Path, own: Path) -> None:
 
 def test_images_that_nobody_needs(plain_run: Path, own: Path) -> None:
     """Not taken and not looked at: a user who gives them believes that they are trained on."""
-    with pytest.raises(UserError, match=f"^images: the clean shards of {plain_run} hold images themselves; leave images out"):
+    with pytest.raises(
+        UserError, match=f"^images: the clean shards of {plain_run} hold images themselves; leave images out"
+    ):
         ShardDataset(str(plain_run), "clean", images=own)
 
 
@@ -130,13 +139,17 @@ def test_a_key_that_occurs_twice(run: Path, own: Path) -> None:
     write_tar(own / "other.tar", [("extra.jpg", jpeg(pictures[0]))])
     ShardDataset(str(run), "clean", images=own)
     write_tar(own / "val.tar", [("s0-00.jpg", jpeg(pictures[1]))])
-    with pytest.raises(UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a folder"):
+    with pytest.raises(
+        UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a folder"
+    ):
         ShardDataset(str(run), "clean", images=own)
 
 
 def test_a_run_whose_own_keys_repeat(own: Path) -> None:
     """Two labels cannot share one image, even where the user has but one of that name."""
-    with pytest.raises(UserError, match=r"^images: 2 samples of the run have the key of another, .*output\.clean_images=true"):
+    with pytest.raises(
+        UserError, match=r"^images: 2 samples of the run have the key of another, .*output\.clean_images=true"
+    ):
         OwnImages(own, pa.array(["s0-00", "s0-01", "s0-00", "s0-00"]), "four keys")
 
 
@@ -150,5 +163,7 @@ def test_a_tar_that_is_rewritten_while_it_is_read(run: Path, own: Path, change: 
     keys = {name.removesuffix(".jpg") for name, _ in members}
     write_tar(path, members[1:] + members[:1] if change == "rotated" else members[:1])
     index = max(n for n in range(len(dataset)) if dataset.key(n) in keys)
-    with pytest.raises(UserError, match=rf"^{path}: {dataset.key(index)} is no longer where it was|^{path}: not a readable tar"):
+    with pytest.raises(
+        UserError, match=rf"^{path}: {dataset.key(index)} is no longer where it was|^{path}: not a readable tar"
+    ):
         dataset[index]

@@ -16,7 +16,9 @@ SIZES = (9, 12, 0, 7, 11, 1, 14, 5)  # samples of each shard; one has none
 SHARDS = np.repeat(np.arange(len(SIZES)), SIZES)
 
 
-def order(epoch: int = 0, seed: int = 0, window: int = 3, stream: str = "clean", shards: np.ndarray = SHARDS) -> np.ndarray:
+def order(
+    epoch: int = 0, seed: int = 0, window: int = 3, stream: str = "clean", shards: np.ndarray = SHARDS
+) -> np.ndarray:
     return plan_epoch(shards, seed=seed, epoch=epoch, window=window, stream=stream).order
 
 
@@ -103,14 +105,18 @@ def test_ranks_share_a_batch(size: int, world: int) -> None:
 
 def test_seeded_generator() -> None:
     """Equal parts give equal numbers, by a hash that is the same in every process; another part gives others."""
-    assert torch.equal(torch.rand(5, generator=seeded_generator("a", 1)), torch.rand(5, generator=seeded_generator("a", 1)))
+    assert torch.equal(
+        torch.rand(5, generator=seeded_generator("a", 1)), torch.rand(5, generator=seeded_generator("a", 1))
+    )
     expected = int.from_bytes(hashlib.sha256(b"attack 3 key").digest()[:8], "little") >> 1
     assert seeded_generator("attack", 3, "key").initial_seed() == expected
     seeds = {seeded_generator("attack", seed, f"k{n}").initial_seed() for seed in range(10) for n in range(100)}
     assert len(seeds) == 1000
 
 
-@pytest.mark.parametrize(("classes", "shards", "size"), [(1000, 200, 100), (100, 60, 30), (10, 50, 2), (5, 5, 10), (2, 40, 4), (3, 4, 1)])
+@pytest.mark.parametrize(
+    ("classes", "shards", "size"), [(1000, 200, 100), (100, 60, 30), (10, 50, 2), (5, 5, 10), (2, 40, 4), (3, 4, 1)]
+)
 def test_classes_in_windows(classes: int, shards: int, size: int) -> None:
     """As many in shuffled samples as is to be expected, however small the set; in sorted ones as many as the planned windows have."""
     of = np.repeat(np.arange(shards), size)

@@ -52,7 +52,11 @@ def test_a_batch(plain_run: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 16, 48])
 def test_an_epoch_sees_every_sample_once(plain_run: Path, batch_size: int) -> None:
     """Every clean sample once, less a remainder below one batch; both streams end together; every DAD sample, in even shares."""
-    made = reader(plain_run, batch_size, streams=("clean", "dad")) if batch_size > 1 else reader(plain_run, batch_size, streams=("clean",))
+    made = (
+        reader(plain_run, batch_size, streams=("clean", "dad"))
+        if batch_size > 1
+        else reader(plain_run, batch_size, streams=("clean",))
+    )
     clean, dad = len(made.datasets["clean"]), len(made.datasets.get("dad", []))  # type: ignore[arg-type]
     for epoch in range(2):
         batches = list(made.batches(epoch))
@@ -63,20 +67,29 @@ def test_an_epoch_sees_every_sample_once(plain_run: Path, batch_size: int) -> No
             seen = Counter(key for batch in batches for key in batch["dad"].keys)
             assert max(seen.values()) == 1 and len(seen) == dad
             assert {len(batch["dad"].keys) for batch in batches} <= {dad // made.steps, -(-dad // made.steps)}
-            assert [{s: len(half.keys) for s, half in batch.items()} for batch in batches] == [made.sizes(n) for n in range(made.steps)]
+            assert [{s: len(half.keys) for s, half in batch.items()} for batch in batches] == [
+                made.sizes(n) for n in range(made.steps)
+            ]
 
 
 def test_who_is_left_out_changes(plain_run: Path) -> None:
     """Over the epochs every sample gets its turn."""
     made = reader(plain_run, 13)
-    seen = {stream: {key for epoch in range(12) for batch in made.batches(epoch) for key in batch[stream].keys} for stream in made.datasets}
-    assert {stream: len(found) for stream, found in seen.items()} == {stream: len(d) for stream, d in made.datasets.items()}
+    seen = {
+        stream: {key for epoch in range(12) for batch in made.batches(epoch) for key in batch[stream].keys}
+        for stream in made.datasets
+    }
+    assert {stream: len(found) for stream, found in seen.items()} == {
+        stream: len(d) for stream, d in made.datasets.items()
+    }
 
 
 def test_epochs_and_seeds_differ(plain_run: Path) -> None:
     first = keys(list(reader(plain_run).batches(0)))
     assert first == keys(list(reader(plain_run).batches(0)))
-    assert first != keys(list(reader(plain_run).batches(1))) and first != keys(list(reader(plain_run, seed=2).batches(0)))
+    assert first != keys(list(reader(plain_run).batches(1))) and first != keys(
+        list(reader(plain_run, seed=2).batches(0))
+    )
 
 
 def noisy(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -178,7 +191,9 @@ def test_too_few_samples(plain_run: Path, make_run: Callable[..., Path], tmp_pat
     """Fewer clean samples than one batch, fewer DAD samples than batches, fewer of a batch than ranks: refused; what is advised works."""
     with pytest.raises(UserError, match="48 clean samples are fewer than one batch of 49; lower batch"):
         reader(plain_run, 49)
-    with pytest.raises(UserError, match=r"only \d+ dad samples for 48 batches an epoch; raise batch to (\d+) or more") as caught:
+    with pytest.raises(
+        UserError, match=r"only \d+ dad samples for 48 batches an epoch; raise batch to (\d+) or more"
+    ) as caught:
         reader(plain_run, 1)
     advised = int(str(caught.value).split("raise batch to ")[1].split()[0])
     assert reader(plain_run, advised).steps > 1
@@ -232,7 +247,10 @@ def test_augmentation_belongs_to_the_sample(plain_run: Path) -> None:
         workers, size = options.pop("workers", 0), options.pop("size", 7)
         batches = reader(plain_run, size, **options).batches(2, transform=noisy, workers=workers)
         return {
-            (s, key): image for batch in batches for s, half in batch.items() for key, image in zip(half.keys, half.images, strict=True)
+            (s, key): image
+            for batch in batches
+            for s, half in batch.items()
+            for key, image in zip(half.keys, half.images, strict=True)
         }
 
     alone = images()
@@ -252,7 +270,9 @@ def test_images_are_channels_last(plain_run: Path) -> None:
 def test_bench_prints_all_four(python: Callable[..., object]) -> None:
     """`python -m shards bench` on a tiny set: four ways, each with its ratio to the bare loop."""
     program = "import sys; from shards.__main__ import main; main(sys.argv[1:])"
-    told = python(program, "bench", "--images", "256", "--shards", "2", "--workers", "0,1", "--repeats", "1", "--samples", "2000")
+    told = python(
+        program, "bench", "--images", "256", "--shards", "2", "--workers", "0,1", "--repeats", "1", "--samples", "2000"
+    )
     lines = told.stdout.splitlines()  # type: ignore[attr-defined]
     for name in ("bare loop", "webdataset", "torchvision ImageFolder", "this reader"):
         line = next(line for line in lines if line.startswith(name))
@@ -279,7 +299,9 @@ def test_bench_refuses_before_it_measures(arguments: str, reason: str) -> None:
 def test_images_of_different_sizes(make_run: Callable[..., Path], tmp_path: Path, workers: int) -> None:
     """One published image of another size cannot stand in a batch: named, not a stack trace."""
     odd = encode_image(torch.zeros(3, 9, 7, dtype=torch.uint8), ImageFormat(format="png"))
-    run = make_run(tmp_path / "run", edit=lambda stream, key, members: members | ({"png": odd} if key == "s1-02" else {}))
+    run = make_run(
+        tmp_path / "run", edit=lambda stream, key, members: members | ({"png": odd} if key == "s1-02" else {})
+    )
     with pytest.raises(UserError, match=r"clean-000001\.tar: s\d-\d\d: image of \d x \d pixels among others"):
         list(reader(run, 48, streams=("clean",)).batches(0, workers=workers))
 
@@ -303,7 +325,9 @@ def test_the_bare_loop_of_the_benchmark_reads_every_image(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("sorted_by_class", [False, True])
-def test_a_source_sorted_by_class_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str], sorted_by_class: bool) -> None:
+def test_a_source_sorted_by_class_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sorted_by_class: bool
+) -> None:
     """Once, by the first rank, with a window that mends it; shuffled sources, and windows over everything, are not remarked upon."""
     write_manifest(tmp_path / "run", 20_000, 200, sorted_by_class=sorted_by_class)
     for rank in range(2):
@@ -324,7 +348,9 @@ def test_streams_that_no_batch_size_mends(make_run: Callable[..., Path], tmp_pat
         reader(tmp_path / "rejected", 48)
     eleven = make_run(tmp_path / "eleven", sizes=(12,))
     for rank in (0, 7):
-        with pytest.raises(UserError, match="a batch of 6 leaves some of 8 processes without a sample; raise batch, or start fewer"):
+        with pytest.raises(
+            UserError, match="a batch of 6 leaves some of 8 processes without a sample; raise batch, or start fewer"
+        ):
             reader(eleven, 6, streams=("clean",), world=8, rank=rank)
         with pytest.raises(UserError, match="only 7 dad samples for 8 processes; start fewer, or weaken the attack"):
             reader(eleven, 11, world=8, rank=rank)

@@ -54,7 +54,13 @@ def test_same_samples_same_bytes() -> None:
     assert build() == (data, extents)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
-            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "") and member.isreg()
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (
+                0,
+                0,
+                0,
+                "",
+                "",
+            ) and member.isreg()
 
 
 def test_roundtrip_and_extents() -> None:
@@ -86,7 +92,10 @@ def test_webdataset_reads_our_tars(tmp_path: Path) -> None:
 
     (tmp_path / "t.tar").write_bytes(build()[0])
     found = list(webdataset.WebDataset(str(tmp_path / "t.tar"), shardshuffle=False))
-    assert {sample["__key__"]: {name: value for name, value in sample.items() if not name.startswith("__")} for sample in found} == SAMPLES
+    assert {
+        sample["__key__"]: {name: value for name, value in sample.items() if not name.startswith("__")}
+        for sample in found
+    } == SAMPLES
 
 
 def test_webdataset_decodes_a_finished_run(finished_run: Path) -> None:
@@ -96,7 +105,9 @@ def test_webdataset_decodes_a_finished_run(finished_run: Path) -> None:
     from shards import ShardDataset
 
     ours = {sample.key: sample for sample in map(ShardDataset(str(finished_run), "dad").__getitem__, range(8))}
-    for sample in webdataset.WebDataset(str(finished_run / "dad" / "dad-000000.tar"), shardshuffle=False).decode("rgb8"):
+    for sample in webdataset.WebDataset(str(finished_run / "dad" / "dad-000000.tar"), shardshuffle=False).decode(
+        "rgb8"
+    ):
         if (mine := ours.get(sample["__key__"])) is not None:
             assert sample["cls"] == mine.label and np.array_equal(sample["logits.npy"], mine.logits.numpy())
             assert mine.image is not None and np.array_equal(sample["jpg"], mine.image.permute(1, 2, 0).numpy())
@@ -169,8 +180,12 @@ def test_hostile_members_are_data_at_most(tmp_path: Path, monkeypatch: pytest.Mo
         tar.addfile(last, io.BytesIO(b"data"))
     found = read(buffer.getvalue())
     assert found["good"] == {"jpg": b"data"} and found["k"]["pkl"] == trap
-    assert not set("lhcbfd") & set(found) and all(b"password" not in v for members in found.values() for v in members.values())
-    assert [path.name for path in tmp_path.iterdir()] == ["secret.txt"] and not (tmp_path.parent.parent / "climb.jpg").exists()
+    assert not set("lhcbfd") & set(found) and all(
+        b"password" not in v for members in found.values() for v in members.values()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.txt"] and not (
+        tmp_path.parent.parent / "climb.jpg"
+    ).exists()
 
 
 def test_members_too_large_to_be_real_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +204,9 @@ def test_neighbours_of_one_name_are_two_samples() -> None:
 
 def many() -> tuple[bytes, list[int]]:
     """A tar of 6 samples of two members, and where the headers are."""
-    data = make_tar([(f"s{n}.{ext}", bytes(300 * n + 1)) for n in range(6) for ext in ("jpg", "cls")], format=tarfile.USTAR_FORMAT)
+    data = make_tar(
+        [(f"s{n}.{ext}", bytes(300 * n + 1)) for n in range(6) for ext in ("jpg", "cls")], format=tarfile.USTAR_FORMAT
+    )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return data, [member.offset for member in tar]
 
@@ -235,14 +252,28 @@ def test_truncated_tars() -> None:
     data, headers = many()
     end = len(data.rstrip(b"\0"))
     padded = headers[-1] + 512 + 3 * 512  # the last member holds 1501 bytes
-    for cut in (1, 100, 511, 513, headers[3] + 100, headers[3] + 512 + 10, *headers[1:], headers[6] + 600, end - 5, padded, padded + 511):
+    for cut in (
+        1,
+        100,
+        511,
+        513,
+        headers[3] + 100,
+        headers[3] + 512 + 10,
+        *headers[1:],
+        headers[6] + 600,
+        end - 5,
+        padded,
+        padded + 511,
+    ):
         for function in (read, lambda part: list(index_tar(io.BytesIO(part), "t.tar"))):
             with pytest.raises(UserError, match=r"t\.tar: not a readable tar"):
                 function(data[:cut])
     assert len(read(data[: padded + 512])) == len(read(data)) == 6
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"hello" * 200, bytes(100), b"\x1f\x8b\x08" + bytes(2000), b"PK\3\4" + bytes(2000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"hello" * 200, bytes(100), b"\x1f\x8b\x08" + bytes(2000), b"PK\3\4" + bytes(2000)]
+)
 def test_files_that_are_no_tar(data: bytes) -> None:
     with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(.*\); is it whole, and uncompressed\?"):
         read(data)
@@ -265,7 +296,9 @@ def test_random_damage_never_crashes() -> None:
     rng = np.random.default_rng(0)
     long = [("n" * 150 + f"{n}.jpg", bytes(100)) for n in range(3)]
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        data = make_tar([("a.jpg", bytes(10)), ("b.cls", b"1")] + (long if form != tarfile.USTAR_FORMAT else []), format=form)
+        data = make_tar(
+            [("a.jpg", bytes(10)), ("b.cls", b"1")] + (long if form != tarfile.USTAR_FORMAT else []), format=form
+        )
         for _ in range(400):
             damaged = bytearray(data)
             block = 512 * int(rng.integers(len(data) // 512 - 4))
@@ -287,14 +320,18 @@ def test_altered_samples_are_refused() -> None:
     piece = bytearray(data[extent.offset : extent.offset + extent.size])
     for at in (0, 300, 512, 1500, extent.size - 1):
         piece[at] ^= 4
-        with pytest.raises(UserError, match=rf"t\.tar: the sample at byte {extent.offset} is not the one that was written"):
+        with pytest.raises(
+            UserError, match=rf"t\.tar: the sample at byte {extent.offset} is not the one that was written"
+        ):
             parse_sample(bytes(piece), extent, "t.tar")
         piece[at] ^= 4
     with pytest.raises(UserError, match=rf"t\.tar: ends inside the sample at byte {extent.offset} \(truncated\)"):
         parse_sample(bytes(piece[:-1]), extent, "t.tar")
     other = extents["a-1"]
     with pytest.raises(UserError, match="not the one that was written"):
-        parse_sample(data[other.offset : other.offset + other.size], Extent(other.offset, other.size, extent.crc32), "t.tar")
+        parse_sample(
+            data[other.offset : other.offset + other.size], Extent(other.offset, other.size, extent.crc32), "t.tar"
+        )
 
 
 HANGS = """

@@ -38,7 +38,9 @@ def label_views(key: str, members: Members, settings: ViewSettings) -> Members:
     views = draw_views(key, 0, settings, SIDE)
     seen = [pixels] if views is None else [replay(pixels, view) for view in views]
     logits = np.stack([fake_teacher(image) for image in seen])
-    return {name: data for name, data in members.items() if name != "logits.npy"} | soft_label_members(logits, views, settings)
+    return {name: data for name, data in members.items() if name != "logits.npy"} | soft_label_members(
+        logits, views, settings
+    )
 
 
 def labelled_run(make_run: MakeRun, out: Path, settings: ViewSettings = SETTINGS) -> Path:
@@ -77,7 +79,10 @@ def test_drawn_from_seed_and_key() -> None:
     again = draw_views("key", 0, ViewSettings(count=50, scale=0.25), 224)
     fewer = draw_views("key", 0, ViewSettings(count=2, scale=0.25), 224)
     assert views is not None and np.array_equal(views, again) and np.array_equal(views[:2], fewer)
-    for other in (draw_views("other", 0, ViewSettings(count=50), 224), draw_views("key", 1, ViewSettings(count=50), 224)):
+    for other in (
+        draw_views("other", 0, ViewSettings(count=50), 224),
+        draw_views("key", 1, ViewSettings(count=50), 224),
+    ):
         assert not np.array_equal(views, other)
     high, wide = views["height"].astype(int), views["width"].astype(int)
     assert (views["top"] + high <= 224).all() and (views["left"] + wide <= 224).all()
@@ -110,7 +115,9 @@ def test_boxes_outside_the_image(make_run: MakeRun, tmp_path: Path, box: tuple[i
     """A published view that is no box of its image is refused by tar and key."""
     views = encode_array(np.array([box], VIEW))
     logits = encode_array(np.zeros((1, CLASSES), np.float16))
-    run = make_run(tmp_path / "run", edit=lambda stream, key, members: members | {"views.npy": views, "logits.npy": logits})
+    run = make_run(
+        tmp_path / "run", edit=lambda stream, key, members: members | {"views.npy": views, "logits.npy": logits}
+    )
     with pytest.raises(UserError, match=r"clean-00000\d\.tar: s\d-\d\d: view"):
         next(TrainingReader(str(run), batch_size=4).batches(0))
 
@@ -169,9 +176,14 @@ def test_error_of_a_distillation_loss_from_top_k() -> None:
     errors = [gradient_error(softened(expand(shorten(teacher, k, (4.0,)), 1000, 4.0), 4)) for k in (10, 50, 200)]
     naive = shorten(teacher, 50, (4.0,))
     cut = torch.zeros(len(teacher), 1000, dtype=torch.float64).scatter_(
-        1, torch.from_numpy(naive["classes"].astype(np.int64)), torch.from_numpy(naive["logits"].astype(np.float64)).div(4).softmax(1)
+        1,
+        torch.from_numpy(naive["classes"].astype(np.int64)),
+        torch.from_numpy(naive["logits"].astype(np.float64)).div(4).softmax(1),
     )
-    assert errors == sorted(errors, reverse=True) and errors[1] < 0.5 * gradient_error(cut), (errors, gradient_error(cut))
+    assert errors == sorted(errors, reverse=True) and errors[1] < 0.5 * gradient_error(cut), (
+        errors,
+        gradient_error(cut),
+    )
 
 
 def test_top_k_in_a_run(make_run: MakeRun, tmp_path: Path) -> None:

@@ -44,9 +44,15 @@ def write_run(out: Path, classes: int = CLASSES, *, clean_images: bool = True) -
                 image = (colours[label] + noise).clamp(0, 255).to(torch.uint8)
                 logits = np.full(classes, -2, np.float16)
                 logits[label] = 4
-                members = {"png": encode_image(image, ImageFormat(format="png"))} if clean_images or stream == "dad" else {}
+                members = (
+                    {"png": encode_image(image, ImageFormat(format="png"))} if clean_images or stream == "dad" else {}
+                )
                 extent = tar.add(key, members | {"cls": str(label).encode(), "logits.npy": encode_array(logits)})
-                row |= {f"{stream}_offset": extent.offset, f"{stream}_size": extent.size, f"{stream}_crc32": extent.crc32}
+                row |= {
+                    f"{stream}_offset": extent.offset,
+                    f"{stream}_size": extent.size,
+                    f"{stream}_crc32": extent.crc32,
+                }
             rows.append(row)
         finished = {stream: (tar.close(), tar.samples) for stream, tar in tars.items()}
         run.commit(shard, rows, finished, source=f"s{shard}", run=info.fingerprint)

@@ -20,7 +20,10 @@ from .test_loop import recipe
 def test_no_flipped_bit_of_a_checkpoint_is_loaded(tmp_path: Path) -> None:
     """Flipped anywhere: in a tensor, in the pickle, in the names and places of the archive; or without effect, in its padding."""
     run = StudentDir(tmp_path)
-    state = {"student": {"weight": torch.arange(2000.0), "bias": torch.ones(3)}, "progress": {"epoch": 1, "rows": [{"loss": 0.5}]}}
+    state = {
+        "student": {"weight": torch.arange(2000.0), "bias": torch.ones(3)},
+        "progress": {"epoch": 1, "rows": [{"loss": 0.5}]},
+    }
     run.save_last(state)
     sound, draw, refused = (tmp_path / LAST).read_bytes(), random.Random(0), 0
     for place in [*range(0, 1000, 7), *draw.sample(range(len(sound)), 200), *range(len(sound) - 1200, len(sound), 7)]:
@@ -33,7 +36,9 @@ def test_no_flipped_bit_of_a_checkpoint_is_loaded(tmp_path: Path) -> None:
             assert str(error).startswith(f"{tmp_path / LAST}: not a readable checkpoint; delete it to start again (")
             refused += 1
         else:
-            assert str(loaded) == str(state) and torch.equal(loaded["student"]["weight"], state["student"]["weight"]), place
+            assert str(loaded) == str(state) and torch.equal(loaded["student"]["weight"], state["student"]["weight"]), (
+                place
+            )
     assert refused > 200
 
 
@@ -47,13 +52,17 @@ def test_no_flipped_bit_of_the_best_weights_is_used(tiny_run: Path, tmp_path: Pa
     settings = recipe(tiny_run, "epochs=1")
     run = train(settings, str(tmp_path))
     sound, weights = (tmp_path / BEST).read_bytes(), run.load_student().state_dict()
-    assert train(recipe(tiny_run, "epochs=1"), str(tmp_path / "again")).store.read(BEST) == sound  # to the byte, metadata too
+    assert (
+        train(recipe(tiny_run, "epochs=1"), str(tmp_path / "again")).store.read(BEST) == sound
+    )  # to the byte, metadata too
     draw, start = random.Random(0), 8 + int.from_bytes(sound[:8], "little")
     for place in draw.sample(range(start, len(sound)), 20):
         data = bytearray(sound)
         data[place] ^= 1 << draw.randrange(8)
         (tmp_path / BEST).write_bytes(data)
-        with pytest.raises(UserError, match=rf"^{tmp_path / BEST}: its checksum is wrong \(damaged or altered\); training again puts"):
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path / BEST}: its checksum is wrong \(damaged or altered\); training again puts"
+        ):
             run.load_student()
     for harm in (lambda file: file.write_bytes(sound[:5000]), Path.unlink):
         harm(tmp_path / BEST)
@@ -68,7 +77,9 @@ def test_no_flipped_bit_of_the_best_weights_is_used(tiny_run: Path, tmp_path: Pa
 def test_a_folder_of_something_else_is_left_alone(name: str, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=r"(is in the way of a new student|holds other students, such as other).*; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"(is in the way of a new student|holds other students, such as other).*; choose another --out"
+    ):
         train(recipe(tiny_run), str(tmp_path))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
     assert (tmp_path / name).read_text() == "mine"

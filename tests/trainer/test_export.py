@@ -12,7 +12,7 @@ import yaml
 
 from manifests import UserError
 from trainer.checkpoint import StudentDir
-from trainer.compare import evaluate_run
+from trainer.evaluation.kept import evaluate_run
 from trainer.export import CARD, CONFIG, ONNX, WEIGHTS, export, read_scores
 from trainer.loop import train
 from trainer.recipe import load
@@ -40,7 +40,11 @@ def test_timm_loads_the_directory_and_computes_the_same(student: StudentDir, tmp
     assert set(export(student, str(tmp_path / "out"))) == {CONFIG, WEIGHTS, CARD}
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     settings = timm.data.resolve_data_config(model=model)
-    assert tuple(settings["input_size"]) == (3, SIDE, SIDE) and settings["crop_pct"] == 1.0 and model.num_classes == CLASSES
+    assert (
+        tuple(settings["input_size"]) == (3, SIDE, SIDE)
+        and settings["crop_pct"] == 1.0
+        and model.num_classes == CLASSES
+    )
     images = torch.rand(3, 3, SIDE, SIDE)
     mean, std = (torch.tensor(settings[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
@@ -96,7 +100,9 @@ def test_exports_repeat_to_the_byte(tiny_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, CARD])
 def test_what_others_have_there_is_not_overwritten(student: StudentDir, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=rf"^{tmp_path / name}: is not of an earlier export of this student .*; choose an empty folder"):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path / name}: is not of an earlier export of this student .*; choose an empty folder"
+    ):
         export(student, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "{}"
 

@@ -26,10 +26,10 @@ from manifests.progress import progress
 from shards import Batch, TrainingReader
 from trainer import loop
 from trainer.checkpoint import BEST, LAST, STUDENT_INFO, StudentDir
-from trainer.evaluate import score_set
+from trainer.evaluation.score import score_set
 from trainer.loop import end_epoch, train, train_epoch
+from trainer.methods.losses import student_loss
 from trainer.metrics import Log, Meter, to_csv
-from trainer.objectives import student_loss
 from trainer.recipe import Recipe, load
 from trainer.run import prepare
 from trainer.step import Losses, train_step
@@ -39,11 +39,21 @@ from .conftest import CLASSES, PER_SHARD, SHARDS, SIDE, write_image_set, write_r
 
 STUDENT = "test_resnet"  # timm's smallest
 PROJECT = Path(__file__).resolve().parents[2]
-COMPILER = pytest.mark.skipif("TEST_INDUCTOR" not in os.environ, reason="a minute of a C++ compiler; TEST_INDUCTOR=1 runs it")
+COMPILER = pytest.mark.skipif(
+    "TEST_INDUCTOR" not in os.environ, reason="a minute of a C++ compiler; TEST_INDUCTOR=1 runs it"
+)
 
 
 def recipe(run: Path, *overrides: str) -> Recipe:
-    base = [f"shards={run}", f"student={STUDENT}", "epochs=2", "batch=8", "validation=null", "precision=fp32", "threads=1"]
+    base = [
+        f"shards={run}",
+        f"student={STUDENT}",
+        "epochs=2",
+        "batch=8",
+        "validation=null",
+        "precision=fp32",
+        "threads=1",
+    ]
     return load("demo", [*base, *overrides])
 
 
@@ -59,13 +69,19 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def step_once(student: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, settings: Recipe, totals: dict[str, int]) -> Losses:
-    return train_step(student, optimizer, batch, settings, totals=totals, rate=0.1, step=0, device=torch.device("cpu"), bf16=False)
+def step_once(
+    student: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, settings: Recipe, totals: dict[str, int]
+) -> Losses:
+    return train_step(
+        student, optimizer, batch, settings, totals=totals, rate=0.1, step=0, device=torch.device("cpu"), bf16=False
+    )
 
 
 def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
     """The step's new weights equal those of SGD on the pure loss function."""
-    settings = recipe(tiny_run, "optimizer.name=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.clip=null")
+    settings = recipe(
+        tiny_run, "optimizer.name=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.clip=null"
+    )
     reader = TrainingReader(str(tiny_run), batch_size=8)
     batch = next(iter(reader.batches(0)))
     students = []
@@ -78,7 +94,9 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
     clean, dad = batch["clean"], batch["dad"]
     logits = students[1](torch.cat([clean.images, dad.images]).float() / 255)
     outputs = logits.split([len(clean.images), len(dad.images)])
-    loss, _ = student_loss("dad", clean.labels, outputs, [clean.logits.float(), dad.logits.float()], temperature=4.0, weight=0.5)
+    loss, _ = student_loss(
+        "dad", clean.labels, outputs, [clean.logits.float(), dad.logits.float()], temperature=4.0, weight=0.5
+    )
     loss.backward()
     assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, theirs in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -99,13 +117,19 @@ def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
-def test_a_compiled_student_learns_the_same(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_a_compiled_student_learns_the_same(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     """compile=true, forward and backward: checkpoints of the same names, weights of the same values but for rounding, and it resumes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     same = ["epochs=1", "drop_path=0.2", "optimizer.name=sgd"]
     train(recipe(tiny_run, *same), str(tmp_path / "eager"))
     with monkeypatch.context() as patch:  # told to stop after its first step
-        patch.setattr(loop, "train_step", lambda *args, **named: (os.kill(os.getpid(), signal.SIGTERM), train_step(*args, **named))[1])
+        patch.setattr(
+            loop,
+            "train_step",
+            lambda *args, **named: (os.kill(os.getpid(), signal.SIGTERM), train_step(*args, **named))[1],
+        )
         with pytest.raises(KeyboardInterrupt):
             train(recipe(tiny_run, *same, "compile=true"), str(tmp_path / "compiled"))
     state = StudentDir(tmp_path / "compiled").load_last()
@@ -131,7 +155,12 @@ def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
 def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of an epoch, three times, each time going on from the last checkpoint."""
     settings = ["epochs=4", "checkpoint_minutes=0", "batch=4", "accumulate=2", "drop_path=0.2", "loss.smoothing=0.1"]
-    settings += ["augmentation.mixup=0.4", "augmentation.cutmix=1", "augmentation.randaugment=1", "augmentation.erase=0.3"]
+    settings += [
+        "augmentation.mixup=0.4",
+        "augmentation.cutmix=1",
+        "augmentation.randaugment=1",
+        "augmentation.erase=0.3",
+    ]
     train(recipe(tiny_run, *settings), str(tmp_path / "whole"))
     command = [sys.executable, "-m", "trainer", "train", "--out", str(tmp_path / "killed")]
     base = [f"shards={tiny_run}", f"student={STUDENT}", "validation=null", "precision=fp32", "threads=1", *settings]
@@ -248,7 +277,11 @@ def test_a_gradient_that_is_not_finite_is_found_too(tiny_run: Path) -> None:
     student = create_student(STUDENT, CLASSES, SIDE)
     student.model.fc.weight.register_hook(lambda gradient: gradient * float("inf"))
     meter = Meter()
-    meter.add(0, step_once(student, torch.optim.SGD(student.parameters(), lr=0.1), batch, recipe(tiny_run), reader.sizes(0)), batch)
+    meter.add(
+        0,
+        step_once(student, torch.optim.SGD(student.parameters(), lr=0.1), batch, recipe(tiny_run), reader.sizes(0)),
+        batch,
+    )
     with pytest.raises(UserError, match=rf"the gradient became (nan|inf) at step 0; .*{batch['clean'].keys[0]}"):
         meter.read()
 
@@ -259,7 +292,9 @@ def test_of_many_suspects_the_first_are_named(tiny_run: Path) -> None:
     meter = Meter()
     meter.add(0, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))}, batch)
     keys = batch["clean"].keys
-    with pytest.raises(UserError, match=rf"gradient became inf .*{keys[0]}.*{keys[15]} and {24 + len(batch['dad'].keys) - 16} more"):
+    with pytest.raises(
+        UserError, match=rf"gradient became inf .*{keys[0]}.*{keys[15]} and {24 + len(batch['dad'].keys) - 16} more"
+    ):
         meter.read()
 
 
@@ -267,7 +302,12 @@ def test_of_many_suspects_the_first_are_named(tiny_run: Path) -> None:
 def test_spoiled_weights_are_never_saved(tiny_run: Path, tmp_path: Path, minutes: int) -> None:
     """A learning rate that blows up: training stops by name, and what it left on disk is finite."""
     settings = recipe(
-        tiny_run, "optimizer.name=sgd", "optimizer.lr=1e39", "optimizer.clip=null", "batch=40", f"checkpoint_minutes={minutes}"
+        tiny_run,
+        "optimizer.name=sgd",
+        "optimizer.lr=1e39",
+        "optimizer.clip=null",
+        "batch=40",
+        f"checkpoint_minutes={minutes}",
     )  # one step an epoch
     with pytest.raises(UserError, match=r"the weights are no longer finite at step \d+; lower optimizer.lr"):
         train(settings, str(tmp_path / "student"))
@@ -301,14 +341,19 @@ def test_a_start_that_failed_does_not_stand_in_the_way(tiny_run: Path, tmp_path:
 def test_validation_set_of_another_class_list_is_refused_before_the_first_step(tiny_run: Path, tmp_path: Path) -> None:
     validation = write_image_set(tmp_path / "sets" / "val")
     (tmp_path / "sets" / "classes.json").write_text('["some", "other", "names"]')
-    with pytest.raises(UserError, match=r"^validation: .*/val: is of another class list .*; set another, or validation=null"):
+    with pytest.raises(
+        UserError, match=r"^validation: .*/val: is of another class list .*; set another, or validation=null"
+    ):
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
-    with pytest.raises(UserError, match=r"^validation: .*/nowhere: no image set here .*; set another, or validation=null"):
+    with pytest.raises(
+        UserError, match=r"^validation: .*/nowhere: no image set here .*; set another, or validation=null"
+    ):
         train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))
 
 
 @pytest.mark.parametrize(
-    "change", ["forward=separate", "ema=0", "sync_bn=true", "optimizer.name=lamb", "input=48", "optimizer.layer_decay=0.7"]
+    "change",
+    ["forward=separate", "ema=0", "sync_bn=true", "optimizer.name=lamb", "input=48", "optimizer.layer_decay=0.7"],
 )
 def test_options_train_and_resume_to_the_bit(tiny_run: Path, tmp_path: Path, change: str) -> None:
     """Two epochs at once, or one epoch, its checkpoint, and the other."""
@@ -348,7 +393,9 @@ def test_wandb_that_is_not_installed_is_told_before_anything_begins(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"^wandb: is not installed \(.*\); pip install '\.\[wandb\]', or --set wandb=null"):
+    with pytest.raises(
+        UserError, match=r"^wandb: is not installed \(.*\); pip install '\.\[wandb\]', or --set wandb=null"
+    ):
         train(recipe(tiny_run, "wandb=some-project"), str(tmp_path / "student"))
     assert not (tmp_path / "student").exists()
 
@@ -375,7 +422,10 @@ def test_every_start_keeps_the_points_of_those_before(tiny_run: Path, tmp_path: 
     settings = recipe(tiny_run, "epochs=3", f"validation={write_image_set(tmp_path / 'val')}")
     for _ in range(3):
         run = prepare(settings, str(tmp_path / "student"))
-        with closing(Log(tmp_path / "student", settings, run.now)) as log, progress(run.total, "one epoch", "step") as bar:
+        with (
+            closing(Log(tmp_path / "student", settings, run.now)) as log,
+            progress(run.total, "one epoch", "step") as bar,
+        ):
             train_epoch(run, log, bar)
             end_epoch(run, log)
     events = EventAccumulator(str(tmp_path / "student" / "tensorboard")).Reload()

@@ -35,7 +35,10 @@ def test_a_killed_loader_worker_is_a_user_error(tiny_run: Path) -> None:
 @pytest.mark.parametrize("take", [lambda size: torch.empty(size, dtype=torch.uint8), bytearray])
 def test_what_does_not_fit_is_a_user_error(take: Callable[[int], object]) -> None:
     """A tensor, and an object of Python's."""
-    with pytest.raises(UserError, match=r"does not fit into memory; raise accumulate, or lower batch \(.+\)"), memory_errors():
+    with (
+        pytest.raises(UserError, match=r"does not fit into memory; raise accumulate, or lower batch \(.+\)"),
+        memory_errors(),
+    ):
         take(1 << 60)
 
 
@@ -75,9 +78,16 @@ def run_out_of_memory(program: str, *arguments: object) -> str:
 def test_a_student_that_does_not_fit_is_a_user_error(tiny_run: Path, tmp_path: Path) -> None:
     """485 MiB of weights are made; their average, as much again, no longer fits."""
     said = run_out_of_memory(
-        "leave(750); loop.train(recipe, out)", tiny_run, "-", tmp_path / "student", "student=wide_resnet101_2", "ema=0.9"
+        "leave(750); loop.train(recipe, out)",
+        tiny_run,
+        "-",
+        tmp_path / "student",
+        "student=wide_resnet101_2",
+        "ema=0.9",
     )
-    assert said.startswith("manifests.errors.UserError: the student does not fit into memory; free some, or choose a smaller one ("), said
+    assert said.startswith(
+        "manifests.errors.UserError: the student does not fit into memory; free some, or choose a smaller one ("
+    ), said
 
 
 @pytest.mark.slow
@@ -91,7 +101,9 @@ def test_a_student_that_cannot_be_scored_for_memory_is_a_user_error(tiny_run: Pa
     settings = ["student=test_resnet", "input=256", f"validation={write_image_set(data / 'val', images=250)}"]
     program = "leave(800); loop.train(recipe, out); compare.evaluate_run(StudentDir(out), Path(data))"
     said = run_out_of_memory(program, tiny_run, data, tmp_path / "student", *settings)
-    assert said.startswith("manifests.errors.UserError: the student does not fit into memory to be scored; free some"), said
+    assert said.startswith(
+        "manifests.errors.UserError: the student does not fit into memory to be scored; free some"
+    ), said
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from manifests import UserError
-from trainer.optimizer import create_optimizer, learning_rate
-from trainer.recipe import Optimizer
+from trainer.optimizer import Optimizer, create_optimizer, learning_rate
 
 
 def test_warmup_is_linear_and_the_end_is_zero() -> None:
@@ -26,5 +25,7 @@ def test_without_warmup_it_starts_at_the_peak() -> None:
 
 
 def test_settings_that_an_optimizer_refuses_are_told() -> None:
-    with pytest.raises(UserError, match=r"^optimizer.name: sgd does not work here: Nesterov momentum requires a momentum"):
+    with pytest.raises(
+        UserError, match=r"^optimizer.name: sgd does not work here: Nesterov momentum requires a momentum"
+    ):
         create_optimizer(torch.nn.Linear(2, 2), Optimizer(name="sgd", momentum=0))

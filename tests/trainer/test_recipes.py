@@ -15,7 +15,8 @@ import torch
 from manifests import RunDir, UserError
 from trainer import recipe
 from trainer.loop import train
-from trainer.recipe import FOLDER, choose, load
+from trainer.options import choose
+from trainer.recipe import FOLDER, load
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -36,8 +37,19 @@ def test_recipe_trains_with_its_own_settings(name: str, tiny_run: Path, tmp_path
     """Everything as written, but for what needs a large machine: student, data, batch. It learns, and the best
     weights are the averaged ones where the recipe averages."""
     student = "test_vit" if "vit" in name else "test_resnet"
-    small = [f"shards={tiny_run}", f"student={student}", "pretrained=null", "epochs=2", "batch=8", "accumulate=2", "workers=0"]
-    run = train(load(name, [*small, "optimizer.warmup=0.5", "validation=null", "precision=fp32", "threads=1"]), str(tmp_path / "student"))
+    small = [
+        f"shards={tiny_run}",
+        f"student={student}",
+        "pretrained=null",
+        "epochs=2",
+        "batch=8",
+        "accumulate=2",
+        "workers=0",
+    ]
+    run = train(
+        load(name, [*small, "optimizer.warmup=0.5", "validation=null", "precision=fp32", "threads=1"]),
+        str(tmp_path / "student"),
+    )
     state, best = run.load_last(), run.load_student().state_dict()
     assert state is not None
     first, second = (row["loss"] for row in state["progress"]["rows"])
@@ -67,15 +79,22 @@ def test_header_says_command_hardware_time_and_the_papers_number(name: str) -> N
         ("mine.yaml", None, ("mine.yaml", None)),
     ],
 )
-def test_a_student_finds_its_recipe(tiny_run: Path, named: str | None, student: str | None, chosen: tuple[str, str | None]) -> None:
+def test_a_student_finds_its_recipe(
+    tiny_run: Path, named: str | None, student: str | None, chosen: tuple[str, str | None]
+) -> None:
     assert choose(named, student, str(tiny_run)) == chosen
 
 
-def test_the_demos_shards_are_learned_from_as_in_the_demo(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demos_shards_are_learned_from_as_in_the_demo(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At their place, and elsewhere."""
     assert choose(None, "resnet50", None) == choose(None, "resnet50", "data/demo/") == ("demo", "resnet50")
     assert choose(None, "vit_base", "data/demo") == ("demo", "vit_base_patch16_224")
-    with pytest.raises(UserError, match=r"--recipe: resnet18 has no recipe for .*; name the one whose settings to take: demo, resnet34, "):
+    with pytest.raises(
+        UserError,
+        match=r"--recipe: resnet18 has no recipe for .*; name the one whose settings to take: demo, resnet34, ",
+    ):
         choose(None, "resnet18", str(tiny_run))
     demo = replace(load("demo"), validation=str(tmp_path / "val"))
     (tmp_path / "classes.json").write_text(json.dumps(RunDir(tiny_run).info().classes))
@@ -95,7 +114,11 @@ def test_make_leaves_the_choice_to_the_command() -> None:
         "STUDENT=resnet18 'SHARDS=my shards'": "--student resnet18 --shards 'my shards'",
     }.items():
         planned = subprocess.run(
-            ["make", "-n", "train", *shlex.split(given)], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True
+            ["make", "-n", "train", *shlex.split(given)],
+            cwd=FOLDER.parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         (line,) = [line for line in planned.stdout.splitlines() if "trainer train" in line]
         assert shlex.split(line.partition("trainer train")[2]) == shlex.split(words)

@@ -25,7 +25,9 @@ def student_of(kind: str) -> nn.Module:
     return create_student(kind, CLASSES, SIDE).train()
 
 
-def stepped(student: nn.Module, batch: Batch, settings: Recipe, totals: dict[str, int]) -> tuple[nn.Module, dict[str, float]]:
+def stepped(
+    student: nn.Module, batch: Batch, settings: Recipe, totals: dict[str, int]
+) -> tuple[nn.Module, dict[str, float]]:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     losses = train_step(
         student, optimizer, batch, settings, totals=totals, rate=0.1, step=3, device=torch.device("cpu"), bf16=False

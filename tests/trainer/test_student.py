@@ -11,8 +11,8 @@ import torch
 from manifests import UserError
 from trainer.checkpoint import StudentDir, describe
 from trainer.export import export
-from trainer.optimizer import create_optimizer
-from trainer.recipe import Optimizer, load
+from trainer.optimizer import Optimizer, create_optimizer
+from trainer.recipe import load
 from trainer.run import prepare
 from trainer.student import Student, create_student, to_device, try_out
 
@@ -75,7 +75,11 @@ def test_layer_decay_gives_lower_layers_lower_rates() -> None:
     groups = create_optimizer(model, Optimizer(name="adamw", layer_decay=0.5)).param_groups
     rate = {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
     assert rate[id(model.head.weight)] == 1
-    assert rate[id(model.patch_embed.proj.weight)] < rate[id(model.blocks[0].attn.qkv.weight)] < rate[id(model.head.weight)]
+    assert (
+        rate[id(model.patch_embed.proj.weight)]
+        < rate[id(model.blocks[0].attn.qkv.weight)]
+        < rate[id(model.head.weight)]
+    )
 
 
 def test_positions_and_biases_take_no_weight_decay() -> None:
@@ -102,7 +106,9 @@ def test_a_student_is_loaded_with_the_normalisation_that_it_was_trained_with(tmp
     trained = Student(fresh.model, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
     assert not torch.equal(trained.mean, fresh.mean)
     directory = StudentDir(tmp_path / "student")
-    directory.claim(describe(load("demo", [f"student={NAME}"]), trained, [f"class {n}" for n in range(5)], 64, "shards"))
+    directory.claim(
+        describe(load("demo", [f"student={NAME}"]), trained, [f"class {n}" for n in range(5)], 64, "shards")
+    )
     directory.save_best(trained)
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(directory.load_student()(images), trained(images))
@@ -112,12 +118,17 @@ def test_a_student_is_loaded_with_the_normalisation_that_it_was_trained_with(tmp
     ("settings", "said"),
     [
         (["student=inception_v3"], "it cannot learn from 2 images of 32 x 32 pixels at a time: "),
-        (["accumulate=5", "forward=separate"], "it cannot learn from 1 image of 32 x 32 pixels at a time: Expected more than 1 value"),
+        (
+            ["accumulate=5", "forward=separate"],
+            "it cannot learn from 1 image of 32 x 32 pixels at a time: Expected more than 1 value",
+        ),
         (["optimizer.name=fusedadamw"], "optimizer.name: fusedadamw does not work here: CUDA required"),
         (["optimizer.name=adahessian"], "optimizer.name: adahessian wants second derivatives"),
     ],
 )
-def test_what_would_fail_later_is_said_before_anything_is_written(tiny_run: Path, tmp_path: Path, settings: list[str], said: str) -> None:
+def test_what_would_fail_later_is_said_before_anything_is_written(
+    tiny_run: Path, tmp_path: Path, settings: list[str], said: str
+) -> None:
     base = [f"shards={tiny_run}", "student=test_resnet", "validation=null", "batch=8", "threads=1", *settings]
     with pytest.raises(UserError, match=said):
         prepare(load("demo", base), str(tmp_path / "student"))
@@ -138,7 +149,9 @@ def test_tied_weights_are_written(tmp_path: Path) -> None:
     tensors = student.model.state_dict()
     assert len({value.data_ptr() for value in tensors.values()}) < len(tensors)
     directory = StudentDir(tmp_path / "student")
-    directory.claim(describe(load("demo", ["student=coat_lite_tiny"]), student, [str(n) for n in range(5)], 64, "shards"))
+    directory.claim(
+        describe(load("demo", ["student=coat_lite_tiny"]), student, [str(n) for n in range(5)], 64, "shards")
+    )
     directory.save_best(student)
     assert export(directory, str(tmp_path / "out"))
     images = torch.rand(2, 3, 64, 64)

@@ -1,0 +1,213 @@
+"""Parquet files of encoded images and labels as a source: the layout of image sets on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manifests import UserError, one_line
+from shards.tar import clean_key
+
+from .classes import ClassList
+from .files import file_name, open_file
+from .sample import (
+    EXACT,
+    SLACK,
+    Fingerprint,
+    KeyRule,
+    Piece,
+    SourceSample,
+    check_label,
+    key_hashes,
+    place_key,
+    refuse_repeated,
+)
+
+IMAGES = ("image", "img", "jpg", "png")
+LABELS = ("label", "labels", "cls", "fine_label")
+ROWS = 32  # read at once
+BUFFER = 1 << 20  # bytes read at once, or a page where that is larger; without a buffer, all of a row group
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetPiece:
+    """A stretch of rows of one file."""
+
+    url: str
+    name: str
+    count: int
+    start: int  # first row
+    keys: KeyRule = "name"
+
+    def samples(self, classes: ClassList) -> Iterator[SourceSample]:
+        with open_file(self.url) as source:
+            file = open_parquet(source, self.url)
+            image, label = columns(file.schema_arrow, self.url)
+            labels = label_map(file.schema_arrow, label, classes, self.url)
+            for number, row in self._rows(file, [image, label]):
+                picture = row[image] if isinstance(row[image], dict) else {"bytes": row[image], "path": None}
+                data, path = picture.get("bytes"), picture.get("path")
+                key = place_key(file_name(self.url), number)
+                if self.keys == "name" and path:
+                    key = clean_key(str(path).rpartition(".")[0] or str(path))
+                value, problem = check_label(row[label], classes)
+                if value is not None and labels is not None:
+                    value = labels[value]
+                if not data:
+                    problem = "the row holds no image bytes"
+                yield SourceSample(key, data or b"", value, problem)
+
+    def _rows(self, file: pq.ParquetFile, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(row number, row) of the rows of this piece; a few are held at once, and nothing is read behind the last."""
+        groups, begins, begin = [], [], 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if begin < self.start + self.count and begin + rows > self.start:
+                groups.append(group)
+                begins.append(begin)
+            begin += rows
+        number = begins[0] if begins else 0
+        try:
+            for batch in file.iter_batches(ROWS, row_groups=groups, columns=names, use_threads=False):
+                for row in batch.to_pylist():
+                    if number >= self.start:
+                        yield number, row
+                    number += 1
+                    if number == self.start + self.count:
+                        return
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.url}: damaged near row {number} ({one_line(error)})") from error
+
+
+def plan_parquet(
+    urls: Sequence[str], classes: ClassList, shard_size: int, keys: KeyRule
+) -> tuple[Sequence[Piece], bool, str]:
+    """The pieces of a list of Parquet files, from their footers; counts are always exact."""
+    with ThreadPoolExecutor(16) as pool:
+        counts = list(pool.map(lambda url: _groups_and_size(url, classes), urls))
+    if keys == "name":
+        looked_at = urls if sum(sum(groups) for groups, _ in counts) <= EXACT else urls[:1]
+        names = [(key, url) for url in looked_at for key in _names(url)]
+        refuse_repeated(key_hashes(key for key, _ in names), names.__getitem__)
+    fingerprint = Fingerprint()
+    pieces: list[Piece] = []
+    for url, (groups, size) in zip(urls, counts, strict=True):
+        fingerprint.add(file_name(url), groups, size)
+        for first, count in _cut(groups, shard_size):
+            name = file_name(url) if count == sum(groups) else f"{file_name(url)}[{first}:{first + count}]"
+            pieces.append(ParquetPiece(url=url, name=name, count=count, start=first, keys=keys))
+    return pieces, True, fingerprint.value()
+
+
+def _cut(groups: Sequence[int], shard_size: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of pieces of about ``shard_size`` rows: whole row groups where these fit, for a group is read from its start."""
+    first = count = 0
+    for rows in groups:
+        if count and count + rows > shard_size:
+            yield first, count
+            first, count = first + count, 0
+        count += rows
+        if count > SLACK * shard_size:  # one group that is too large: cut evenly
+            parts = -(-count // shard_size)
+            for begin, end in itertools.pairwise(count * part // parts for part in range(parts + 1)):
+                yield first + begin, end - begin
+            first, count = first + count, 0
+    if count:
+        yield first, count
+
+
+def open_parquet(source: Any, url: str) -> pq.ParquetFile:
+    """Raises UserError for a file that is none."""
+    try:
+        return pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"source.data: {url}: not a readable Parquet file ({one_line(error)})") from error
+
+
+def columns(schema: pa.Schema, url: str) -> tuple[str, str]:
+    """Names of the image column (a struct with ``bytes``, or binary) and of the label column. Raises UserError."""
+    image = next((name for name in IMAGES if name in schema.names and _is_image(schema.field(name).type)), None)
+    label = next(
+        (name for name in LABELS if name in schema.names and pa.types.is_integer(schema.field(name).type)), None
+    )
+    if image is None or label is None:
+        raise UserError(
+            f"source.data: {url}: needs an image column ({', '.join(IMAGES)}: bytes, or a struct with bytes) and an integer label "
+            f"column ({', '.join(LABELS)}); it has {', '.join(f'{field.name}: {field.type}' for field in schema)}"[:400]
+        )
+    return image, label
+
+
+def label_map(schema: pa.Schema, column: str, classes: ClassList, url: str) -> list[int] | None:
+    """Index into the class list of each of the file's own label numbers, from the names that `datasets` stores; None: the same.
+
+    Where some names are others (synonyms), numbers are taken as they are, for the lists may still have one order. Raises UserError when
+    they have not (a name that both know stands at another number), or when the file names another number of classes.
+    """
+    names = [name.replace("_", " ") for name in _label_names(schema, column)]
+    if not names:
+        return None
+    if len(names) != len(classes.names):
+        raise UserError(f"source.data: {url}: names {len(names)} classes, the class list {len(classes.names)}")
+    lists = [_places(classes.names), _places(classes.folders)]
+    for places in lists:
+        if places.keys() == set(names) and len(places) == len(names):
+            return [places[name][0] for name in names]
+    for number, name in enumerate(names):
+        if elsewhere := next((places[name] for places in lists if number not in places.get(name, [number])), None):
+            strange = ", ".join(repr(other) for other in names if not any(other in places for places in lists))[:80]
+            raise UserError(
+                f"source.data: {url}: its label {number} is {name!r}, number {elsewhere[0]} of the class list; the orders differ, and the "
+                f"names do not tell how (not in the class list: {strange or 'none'}); spell the names of source.classes as the file does"
+            )
+    return None
+
+
+def _places(names: Sequence[str]) -> dict[str, list[int]]:
+    """Where each name stands in a class list, `_` for space or not; ImageNet's has one name twice."""
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        places.setdefault(name.replace("_", " "), []).append(number)
+    return places
+
+
+def _label_names(schema: pa.Schema, column: str) -> list[str]:
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
+    except (KeyError, ValueError, TypeError):
+        return []
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _groups_and_size(url: str, classes: ClassList) -> tuple[list[int], int]:
+    """(rows of each row group, bytes of all) of a file that has the columns we need. Raises UserError for one that has not."""
+    with open_file(url) as source:
+        file = open_parquet(source, url)
+        label_map(file.schema_arrow, columns(file.schema_arrow, url)[1], classes, url)
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        return [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
+
+
+def _names(url: str) -> list[str]:
+    """Keys that the rows of a file have by name; only the column of names is read."""
+    with open_file(url) as source:
+        file = open_parquet(source, url)
+        image, _ = columns(file.schema_arrow, url)
+        kind = file.schema_arrow.field(image).type
+        if not pa.types.is_struct(kind) or all(field.name != "path" for field in kind):
+            return []
+        paths = file.read([f"{image}.path"]).column(0).combine_chunks().field("path").to_pylist()
+    return [clean_key(path.rpartition(".")[0] or path) for path in paths if path]

@@ -1,0 +1,96 @@
+"""What every kind of source yields: samples with a key and a label, in pieces of known place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from manifests import UserError
+from shards.tar import clean_key
+
+from .classes import ClassList
+
+EXACT = 50_000  # samples; in a source that seems larger not every one's name is looked at while it is planned
+SLACK = 1.25  # a tar or row group of up to this many times the shard size stays one piece
+
+KeyRule = Literal["name", "place"]
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """One image as found: bytes undecoded. ``label`` is None, and ``problem`` says why, when it cannot be used."""
+
+    key: str
+    data: bytes
+    label: int | None
+    problem: str | None = None
+
+
+class Piece(Protocol):
+    """A stretch of the source that becomes one shard. Small, and can be sent to another process."""
+
+    @property
+    def name(self) -> str:
+        """For messages and the record, without the folder that it lies in."""
+
+    @property
+    def count(self) -> int:
+        """Samples; an estimate where the plan is not exact."""
+
+    def samples(self, classes: ClassList) -> Iterator[SourceSample]:
+        """Read the piece, in the order of the source. Raises UserError when its file is missing or damaged."""
+
+
+def place_key(file: str, index: int) -> str:
+    """Key of the ``index``-th sample of a file, for sources whose own names repeat."""
+    return clean_key(f"{file.rpartition('.')[0] or file}-{index:06d}")
+
+
+def check_label(value: object, classes: ClassList) -> tuple[int | None, str | None]:
+    """A label as found (text, number or None) as (index into the class list, None), or (None, what is wrong with it)."""
+    if value is None:
+        return None, "no label (KEY.cls)"
+    try:
+        label = int(value.decode("ascii").strip()) if isinstance(value, bytes) else int(value)  # type: ignore[call-overload]
+    except (ValueError, TypeError):
+        return None, f"label {value[:20] if isinstance(value, bytes) else value!r} is not an integer"
+    if not 0 <= label < len(classes.names):
+        return None, f"label {label} is outside the class list (0 to {len(classes.names) - 1})"
+    return label, None
+
+
+class Fingerprint:
+    """Of a source: sees every entry once, in order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, *entry: object) -> None:
+        self._digest.update(f"{entry}\n".encode())
+
+    def value(self) -> str:
+        """First 16 hex digits of the sha256."""
+        return self._digest.hexdigest()[:16]
+
+
+def key_hashes(keys: Iterable[str]) -> np.ndarray:
+    """8 bytes a key, to find repeated ones by: uint64 [N]."""
+    return np.fromiter(
+        (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys), np.uint64
+    )
+
+
+def refuse_repeated(hashes: np.ndarray, describe: Callable[[int], tuple[str, str]]) -> None:
+    """Raises UserError when a hash occurs twice; ``describe(i)`` gives the key of entry i and where it stands."""
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][np.diff(hashes[order]) == 0]
+    if len(again):
+        key, where = describe(int(again.min()))
+        raise UserError(
+            f"{where}: key {key!r} occurs twice in the source; rename one (files that differ in their ending only count "
+            "as one), or --set source.keys=place to name samples by file and number"
+        )

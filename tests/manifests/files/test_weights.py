@@ -1,0 +1,105 @@
+"""Weights from files that may come from anywhere: tensors, or a refusal that names the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from manifests import UserError, find_file, load_weights
+from manifests.files.weights import files_fingerprint
+from manifests.recipe import PROJECT
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.float16)}
+
+
+def equal(found: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == STATE.keys() and all(torch.equal(found[name], value) for name, value in STATE.items())
+
+
+def test_layouts(tmp_path: Path) -> None:
+    """safetensors, a bare torch state dict, one below ``state_dict``, and torch's old format without zip: the same tensors."""
+    save_file(STATE, tmp_path / "a.safetensors")
+    torch.save(STATE, tmp_path / "b.pt")
+    torch.save({"state_dict": STATE, "epoch": 4}, tmp_path / "c.ckpt")
+    torch.save(STATE, tmp_path / "d.pth", _use_new_zipfile_serialization=False)
+    assert all(equal(load_weights(tmp_path / name)) for name in ("a.safetensors", "b.pt", "c.ckpt", "d.pth"))
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_code_is_never_run(tmp_path: Path) -> None:
+    """An object in a torch file, new or old format, or a bare pickle: refused, and its code does not run."""
+    target = tmp_path / "pwned"
+    torch.save({"state_dict": STATE, "hook": Trap(target)}, tmp_path / "new.pt")
+    torch.save({"state_dict": STATE, "hook": Trap(target)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Trap(target)))
+    (tmp_path / "named.safetensors").write_bytes(pickle.dumps(Trap(target)))
+    for name in ("new.pt", "old.pt", "bare.pkl", "named.safetensors"):
+        with pytest.raises(UserError, match=name) as caught:
+            load_weights(tmp_path / name)
+        assert not target.exists() and "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
+    """Half a download, an error page, random bytes, a list: each refused by name; a page is not called pickled code."""
+    torch.save(STATE, tmp_path / "whole.pt")
+    save_file(STATE, tmp_path / "whole.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    contents = {
+        "page.pt": b"<html><body>404 Not Found</body></html>", "empty.pt": b"", "empty.safetensors": b"", "tree.safetensors": b"{}",
+        "huge.safetensors": struct.pack("<Q", 2**62) + b"{}", "half.pt": (tmp_path / "whole.pt").read_bytes()[:700],
+        "half.safetensors": (tmp_path / "whole.safetensors").read_bytes()[:-3], "zip.pt": b"PK\3\4" + bytes(100),
+        **{f"random{n}.pt": bytes(torch.randint(0, 256, (300,), generator=generator).tolist()) for n in range(20)},
+        **{f"pickle{n}.pt": b"\x80\x02" + bytes(torch.randint(0, 256, (50,), generator=generator).tolist()) for n in range(20)},
+    }  # fmt: skip
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=name) as caught:
+            load_weights(tmp_path / name)
+        assert "\n" not in str(caught.value), name
+    with pytest.raises(UserError, match=r"page\.pt: not a readable checkpoint"):
+        load_weights(tmp_path / "page.pt")
+    for tree in ([1, 2], {"a": 3}, torch.ones(2)):
+        torch.save(tree, tmp_path / "tree.pt")
+        with pytest.raises(UserError, match=r"tree\.pt: expected a state dict of tensors"):
+            load_weights(tmp_path / "tree.pt")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_weights(tmp_path)
+
+
+def test_find_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As given, from the home folder, or below the project; otherwise the recipe's field is named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pt").write_bytes(b"")
+    assert find_file("w.pt", "x").resolve() == tmp_path / "w.pt" and find_file("~/w.pt", "x") == tmp_path / "w.pt"
+    assert find_file("setup.cfg", "x") == PROJECT / "setup.cfg"
+    with pytest.raises(
+        UserError, match=r"^teacher\.weights: gone\.pt: no such file or folder; .*--set teacher\.weights=PATH"
+    ):
+        find_file("gone.pt", "teacher.weights")
+
+
+def test_files_fingerprint(tmp_path: Path) -> None:
+    """Over the contents, in order; names do not matter; moving bytes from one file to the next does."""
+    a, b, c = (tmp_path / name for name in "abc")
+    a.write_bytes(b"one"), b.write_bytes(b"two"), c.write_bytes(b"one")
+    assert files_fingerprint([a, b]) == files_fingerprint([c, b]) != files_fingerprint([b, a])
+    before = files_fingerprint([a, b])
+    a.write_bytes(b"onet"), b.write_bytes(b"wo")
+    assert files_fingerprint([a, b]) != before and len(before) == 16

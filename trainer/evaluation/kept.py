@@ -1,0 +1,63 @@
+"""Scores of a student that are kept until its weights or the image sets change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from manifests.devices import choose_device, must_fit, use_bf16
+from manifests.recipe import fingerprint
+
+from ..checkpoint import BEST, StudentDir
+from .score import Score, evaluate
+from .sets import set_tars, sets_below
+
+RESULTS = "eval.json"
+
+
+def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dict[str, Score]:
+    """Score the best checkpoint of a student on every set below ``data``; kept in eval.json until the weights or the sets change."""
+    info = directory.info()
+    tars = [tar for name in sets_below(data) for tar in set_tars(data / name)]
+    found = [(str(tar.relative_to(data)), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
+    weights = directory.store.sha256(BEST)
+    made_from = fingerprint([weights, found])
+    kept = directory.path / RESULTS
+    if kept.exists() and (scores := scores_from_json(kept.read_bytes(), made_from=made_from)) is not None:
+        return scores
+    where = choose_device(device)
+    bf16, threads = use_bf16(info.recipe["precision"], where), info.recipe["workers"]  # as in training
+    student, label = directory.load_student(), directory.path.name
+    with must_fit(
+        "the student does not fit into memory to be scored; free some, or leave out the GPU with CUDA_VISIBLE_DEVICES="
+    ):
+        scores = evaluate(
+            student.to(where), data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label
+        )
+    directory.store.write(RESULTS, scores_to_json(scores, made_from=made_from, weights=weights).encode())
+    return scores
+
+
+def scores_to_json(scores: Mapping[str, Score], *, made_from: str, weights: str) -> str:
+    """``made_from``: fingerprint of the weights and the sets that were scored; ``weights``: sha256 of the weights alone."""
+    tree = {
+        "made_from": made_from,
+        "weights": weights,
+        "scores": {name: asdict(score) for name, score in scores.items()},
+    }
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def scores_from_json(text: bytes, **expected: str) -> dict[str, Score] | None:
+    """The scores, or None when they are of another ``made_from`` or ``weights`` than expected, or unreadable: they are measured again."""
+    try:
+        tree = json.loads(text)
+        return (
+            {name: Score(**score) for name, score in tree["scores"].items()}
+            if expected.items() <= tree.items()
+            else None
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

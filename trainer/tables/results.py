@@ -1,0 +1,129 @@
+"""Comparing runs: one Markdown table and one picture for any number of students, seeds of one method grouped together."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..evaluation.score import Score
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "demo-table.json"  # a copy of what `make demo-table` wrote
+ORDER = ("plain", "kd", "dad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One student's scores."""
+
+    student: str
+    objective: str
+    seed: int
+    scores: Mapping[str, Score]
+    recipe: str = ""  # fingerprint of everything but the seed; only runs that share it are seeds of one thing
+    reference: bool = False  # from the committed table, not from this machine's runs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean top-1 in percent, its standard error in points, and how many students it speaks of."""
+
+    mean: float
+    error: float
+    count: int
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "–"
+        return f"{self.mean:.1f}" + ("" if math.isnan(self.error) else f" ± {self.error:.1f}")
+
+
+def summarize(results: Sequence[Result], name: str) -> Cell:
+    """Mean over seeds with the standard error between them; for one student, its binomial error."""
+    scores = [result.scores[name] for result in results if name in result.scores]
+    if not scores:
+        return Cell(math.nan, math.nan, 0)
+    values = [score.top1 for score in scores]
+    if len(values) == 1:
+        return Cell(values[0], scores[0].error, 1)
+    return Cell(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+
+def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by row of the table; students of one architecture stand together, plain before KD before DAD.
+
+    Seeds of one recipe share a row; students of other recipes or shards get rows of their own, marked by the recipe's fingerprint.
+    """
+    found: dict[str, list[Result]] = {}
+    known = {objective: i for i, objective in enumerate(ORDER)}
+    recipes: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        if not result.reference:
+            recipes.setdefault((result.student, result.objective), set()).add(result.recipe)
+    for result in sorted(results, key=lambda r: (r.student, known.get(r.objective, 9), r.reference, r.recipe, r.seed)):
+        label = f"{result.student} {result.objective}"
+        if result.reference:
+            label += " (reference)"
+        elif len(recipes[result.student, result.objective]) > 1:
+            label += f" [{result.recipe[:6]}]"
+        found.setdefault(label, []).append(result)
+    return found
+
+
+def set_names(results: Sequence[Result]) -> list[str]:
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys(result.scores)
+    return list(names)
+
+
+def difference(results: Sequence[Result], better: str, worse: str, name: str) -> Cell:
+    """How far one objective stands above another on a set, paired by seed: mean and standard error of the differences."""
+    by_seed = {(r.objective, r.seed): r.scores[name].top1 for r in results}
+    gaps = [
+        by_seed[better, seed] - by_seed[worse, seed] for o, seed in by_seed if o == better and (worse, seed) in by_seed
+    ]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    return Cell(statistics.mean(gaps), error, len(gaps))
+
+
+def to_json(results: Sequence[Result]) -> str:
+    rows = [
+        {
+            "student": r.student,
+            "objective": r.objective,
+            "seed": r.seed,
+            "scores": {name: asdict(score) for name, score in r.scores.items()},
+        }
+        for r in results
+    ]
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def from_json(text: str, *, reference: bool) -> list[Result]:
+    return [
+        Result(
+            student=row["student"],
+            objective=row["objective"],
+            seed=row["seed"],
+            scores={name: Score(**score) for name, score in row["scores"].items()},
+            reference=reference,
+        )
+        for row in json.loads(text)
+    ]
+
+
+def with_reference(results: Sequence[Result]) -> list[Result]:
+    """Add the committed rows of the demo for every (student, objective) that these results compare with but do not hold.
+
+    Only when the image sets are the same ones, by name and number of images.
+    """
+    have = {(r.student, r.objective) for r in results}
+    students = {r.student for r in results}
+    sets = {name: score.images for result in results for name, score in result.scores.items()}
+    known = from_json(REFERENCE.read_text(), reference=True) if REFERENCE.exists() else []
+    comparable = [r for r in known if {name: score.images for name, score in r.scores.items()} == sets]
+    return [*results, *(r for r in comparable if r.student in students and (r.student, r.objective) not in have)]
