@@ -20,10 +20,6 @@ from .errors import UserError
 from .recipe import as_tree
 from .signals import SIGNALS
 
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # that ask for an end; SIGUSR1: Slurm's warning with `--signal=B:USR1`
 USER_ERROR = 2
 INTERRUPTED = 130
 FAREWELL = "\ninterrupted; what was finished is kept, and the same command goes on from there"

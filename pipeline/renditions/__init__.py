@@ -1,0 +1,1 @@
+"""The Renditions demo: its images, and how its teacher and discretizer were made."""

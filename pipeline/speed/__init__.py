@@ -1,0 +1,1 @@
+"""Speed of stage 1: measuring it, choosing the batch, forecasting a run, the benchmark and the reference it beats."""

@@ -78,7 +78,7 @@ def test_the_walker_sees_what_it_should(tmp_path: Path) -> None:
     source = "import timm.data\nfrom ..attack import attack\nfrom . import clip\ndef f():\n    from trainer import loop\n__import__('taming')\n"
     found = {(i.module, i.lazy) for i in _walk(path, ast.parse(source), lazy=False)}
     assert found == {
-        ("timm.data", False), ("pipeline.method.attack.attack", False), ("pipeline.renditions.clip", False), ("trainer.loop", True),
+        ("timm.data", False), ("pipeline.attack.attack", False), ("pipeline.renditions.clip", False), ("trainer.loop", True),
         ("taming", False),
     }  # fmt: skip
     assert within("trainer.loop", "trainer") and not within("trainers", "trainer")

@@ -1,0 +1,1 @@
+"""Training methods: one file each, as pure functions of logits and images."""

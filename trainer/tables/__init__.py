@@ -1,0 +1,1 @@
+"""Results of many students: rows and differences (`results`), as Markdown and as a picture."""
