@@ -10,7 +10,9 @@ OUT ?= data/demo
 # Not given, they are what the recipe says.
 STUDENT ?=
 SHARDS ?=
-OBJECTIVE ?=
+METHOD ?=
+# What `make compare` trains.
+METHODS ?= plain kd dad
 SEED ?=
 ARGS ?=
 LAUNCHER ?=
@@ -26,7 +28,7 @@ RENDITIONS := data/renditions
 .PHONY: help renditions shards status verify train compare eval export demo-table bench-generate bench-read bench-cost test chaos lint clean
 
 help: ## print this list
-	@echo "targets (variables: RECIPE DATA OUT LAUNCHER WORKERS STUDENT SHARDS OBJECTIVE SEED RUN_DIR EXPORT N ARGS):"
+	@echo "targets (variables: RECIPE DATA OUT LAUNCHER WORKERS STUDENT SHARDS METHOD METHODS SEED RUN_DIR EXPORT N ARGS):"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # .venv is whole when this file is there; setup.cfg decides what goes in.
@@ -57,11 +59,11 @@ DEMO := $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo data/demo/,$(SHA
 data/demo/manifest.parquet:
 	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
 
-train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
-	@$(RUN) -m trainer train $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS METHOD=plain|kd|dad|dat|… SEED)
+	@$(RUN) -m trainer train $(LEARN) $(if $(METHOD),--method $(METHOD)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval
-	@for objective in plain kd dad; do $(MAKE) --no-print-directory train OBJECTIVE=$$objective || exit; done
+	@for method in $(METHODS); do $(MAKE) --no-print-directory train METHOD=$$method || exit; done
 	@$(MAKE) --no-print-directory eval
 
 eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in runs/ on every image set, as a table and a picture

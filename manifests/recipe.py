@@ -25,6 +25,7 @@ from .errors import UserError, one_line
 R = TypeVar("R")
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+TAG = "name"  # the field that tells the members of a union apart
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -43,9 +44,16 @@ def recipe_dataclass(cls: type[R]) -> type[R]:
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
 
 
-def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] = ()) -> R:
+def load_recipe(
+    cls: type[R],
+    name: str,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    adapt: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> R:
     """Load a recipe by file or by name (``folder/NAME.yaml``) and apply ``field.sub=value`` overrides.
 
+    adapt: changes the file's mapping before the overrides are applied.
     Raises UserError, one line, for a missing file, broken YAML, an unknown field (with the nearest), or an ill-typed value.
     """
     path = _find(name, folder)
@@ -55,7 +63,7 @@ def load_recipe(cls: type[R], name: str, folder: Path, overrides: Sequence[str] 
         raise UserError(f"{path}: not a plain YAML file: {one_line(error, 300)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(tree).__name__}")
-    return make_recipe(cls, apply_overrides(tree, overrides), str(path), overrides)
+    return make_recipe(cls, apply_overrides(adapt(tree), overrides), str(path), overrides)
 
 
 def find_file(name: str, field: str) -> Path:
@@ -101,7 +109,7 @@ def as_tree(recipe: Any) -> dict[str, Any]:
 def identity(recipe: Any) -> dict[str, Any]:
     """The fields that decide what comes out, flat (``attack.eps`` -> value): all but `Location` and `Execution` ones."""
     flat = flatten(as_tree(recipe))
-    return {name: value for name, value in flat.items() if not _is_free(type(recipe), name)}
+    return {name: value for name, value in flat.items() if not _is_free(recipe, name)}
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -163,13 +171,24 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, overrides: Sequence[str]) -> None:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    known = [field.name for field in dataclasses.fields(cls)]
     for name, value in tree.items():
-        if name not in hints:
-            place = "--set" if _comes_from(f"{prefix}{name}", overrides) else where
-            raise UserError(f"{place}: unknown field {prefix + str(name)!r}{nearest(str(name), list(hints))}")
-        if isinstance(value, Mapping) and (child := _dataclass_in(hints[name])):
-            _refuse_unknown(child, value, where, f"{prefix}{name}.", overrides)
+        field = f"{prefix}{name}"
+        place = "--set" if _comes_from(field, overrides) else where
+        if name not in known:
+            if why := getattr(cls, "RETIRED", {}).get(name):
+                raise UserError(f"{place}: {field}: {why}")
+            raise UserError(f"{place}: unknown field {field!r}{nearest(str(name), known)}")
+        if not isinstance(value, Mapping):
+            continue
+        members = list(_dataclasses_in(hints[name]))
+        if len(members) > 1 and (tag := value.get(TAG)) not in (names := [member().name for member in members]):
+            if tag is None:
+                raise UserError(f"{place}: {field}: has no {TAG}; give one of {', '.join(names)}")
+            raise UserError(f"{place}: {field}.{TAG}: {tag!r} is not known{nearest(str(tag), names)}")
+        if child := _member(members, value):
+            _refuse_unknown(child, value, where, f"{field}.", overrides)
 
 
 def _comes_from(field: str, overrides: Sequence[str]) -> bool:
@@ -178,22 +197,26 @@ def _comes_from(field: str, overrides: Sequence[str]) -> bool:
     return any(f"{field}.".startswith(name) or name.startswith(f"{field}.") for name in given)
 
 
-def _dataclass_in(hint: Any) -> Any:
-    for candidate in _alternatives(hint):
-        if dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
+def _dataclasses_in(hint: Any) -> Iterator[Any]:
+    """The dataclasses that a field may hold: itself, or the members of a union."""
+    if dataclasses.is_dataclass(hint):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from _dataclasses_in(part)
 
 
-def _alternatives(hint: Any) -> Iterator[Any]:
-    yield hint
-    yield from typing.get_args(hint)
+def _member(members: Sequence[Any], value: Mapping[str, Any]) -> Any:
+    """The one of them that a mapping is to become: by its tag where there are several; None where there is none."""
+    if len(members) < 2:
+        return next(iter(members), None)
+    return next((member for member in members if member().name == value.get(TAG)), None)
 
 
-def _is_free(cls: Any, name: str) -> bool:
+def _is_free(recipe: Any, name: str) -> bool:
+    """Whether a field (``attack.eps``) of a recipe is marked as a `Location` or as `Execution`."""
     head, _, rest = name.partition(".")
-    hint = typing.get_type_hints(cls, include_extras=True)[head]
-    if rest and (child := _dataclass_in(hint)):
+    hint = typing.get_type_hints(type(recipe), include_extras=True)[head]
+    child = getattr(recipe, head)
+    if rest and dataclasses.is_dataclass(child):
         return _is_free(child, rest)
-    marks: Callable[[Any], bool] = lambda mark: mark in (Location, Execution)  # noqa: E731
-    return any(marks(argument) for argument in typing.get_args(hint))
+    return any(mark in (Location, Execution) for mark in typing.get_args(hint))

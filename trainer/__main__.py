@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from manifests.command import ProjectGroup, add_recipe_command, as_overrides, set_option
 
 from .options import choice_options, chosen
-from .recipe import DEMO, load
+from .recipes import DEMO
 
 
 @click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,17 +35,19 @@ data_option = click.option(
 
 @main.command()
 @choice_options
-@click.option("--objective", type=click.Choice(["plain", "kd", "dad"]), help="Short for --set loss.objective=….")
+@click.option(
+    "--method", metavar="NAME", help="How the student learns, with that method's defaults; `methods` lists them."
+)
 @click.option("--seed", type=int, help="Short for --set seed=….")
 @click.option(
-    "--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-OBJECTIVE-sSEED, or RECIPE-…]"
+    "--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-METHOD-sSEED, or RECIPE-…]"
 )
 @set_option
 def train(
     recipe: str | None,
     student: str | None,
     shards: str | None,
-    objective: str | None,
+    method: str | None,
     seed: int | None,
     out: str | None,
     overrides: tuple[str, ...],
@@ -52,12 +56,14 @@ def train(
     from .ranks.distributed import joined  # not at the top: --help need not wait for torch.distributed and timm
 
     with joined():
+        from .recipe import load
+
         recipe, named = chosen(recipe, student, shards)
-        settings = load(recipe, [*named, *as_overrides({"loss.objective": objective, "seed": seed}), *overrides])
+        settings = load(recipe, [*named, *as_overrides({"method.name": method, "seed": seed}), *overrides])
         from .loop import train as run
 
         name = student or (settings.student if recipe == DEMO else Path(recipe).stem)
-        run(settings, out or f"runs/{name}-{settings.loss.objective}-s{settings.seed}")
+        run(settings, out or f"runs/{name}-{settings.method.name}-s{settings.seed}")
 
 
 @main.command("eval")
@@ -106,7 +112,21 @@ def table(
     demo_table(recipe, seeds, out, data.expanduser(), [*named, *overrides])
 
 
-add_recipe_command(main, load)
+@main.command()
+def methods() -> None:
+    """List the training methods: what each needs, and its cost in passes per clean image."""
+    from .tables.methods import methods_table
+
+    click.echo(methods_table())
+
+
+def _load(recipe: str, overrides: Sequence[str]) -> Any:
+    from .recipe import load
+
+    return load(recipe, overrides)
+
+
+add_recipe_command(main, _load)
 
 
 if __name__ == "__main__":

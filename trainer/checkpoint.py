@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from manifests.files.weights import tensors_sha256
 from manifests.recipe import as_tree, first_difference, identity
 from manifests.rundir import RUN
 
+from .methods import BY_NAME
+from .methods.norms import without_auxiliary
 from .recipe import Recipe
 from .student import Student, create_student, weights_of
 
@@ -55,6 +57,19 @@ class StudentInfo:
     shards: str  # fingerprint of the run directory that it learned from
 
 
+def with_method(info: StudentInfo) -> StudentInfo:
+    """What a student was made from, in today's fields: students of earlier versions have ``loss`` where `method` stands now."""
+    loss = info.recipe.get("loss")
+    if not isinstance(loss, dict):
+        return info
+    name = loss["objective"]
+    fields = BY_NAME[name].__dataclass_fields__  # type: ignore[attr-defined]
+    method = {"name": name} | {field: value for field, value in loss.items() if field in fields}
+    recipe = {field: value for field, value in info.recipe.items() if field != "loss"} | {"method": method}
+    kept = {field: value for field, value in info.identity.items() if not field.startswith("loss.")}
+    return replace(info, recipe=recipe, identity=kept | {f"method.{field}": value for field, value in method.items()})
+
+
 class StudentDir:
     """Reads and writes one student's directory, atomically."""
 
@@ -72,8 +87,8 @@ class StudentDir:
         if not self.store.exists(STUDENT_INFO):
             raise UserError(f"{self}: no student here (no {STUDENT_INFO}); train one with `make train`")
         try:
-            return StudentInfo(**json.loads(self.store.read(STUDENT_INFO)))
-        except (ValueError, TypeError) as error:
+            return with_method(StudentInfo(**json.loads(self.store.read(STUDENT_INFO))))
+        except (ValueError, TypeError, KeyError) as error:
             why = one_line(error)
             raise UserError(
                 f"{self.store.where(STUDENT_INFO)}: damaged ({why}); restore it, or train again in another --out"
@@ -137,7 +152,7 @@ class StudentDir:
 
     def save_best(self, student: Student) -> None:
         """The plain timm state dict of the student, with its checksum."""
-        weights = weights_of(student.model)
+        weights = without_auxiliary(weights_of(student.model))
         self.store.write(BEST, _with_metadata(save(weights), {"format": "pt", "sha256": tensors_sha256(weights)}))
 
     def best_weights(self) -> dict[str, torch.Tensor]:

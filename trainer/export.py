@@ -17,6 +17,7 @@ from manifests.recipe import fingerprint
 from .checkpoint import BEST, StudentDir, StudentInfo
 from .evaluation.kept import RESULTS, scores_from_json
 from .evaluation.score import Score
+from .methods import title_of
 from .student import Student, fixed_size, weights_of
 
 CONFIG, WEIGHTS, CARD, ONNX = (
@@ -121,7 +122,6 @@ def read_scores(run: StudentDir) -> dict[str, Score]:
 def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> str:
     """README.md in the hub's format: what the student is, its numbers, how to load it, and what decided it."""
     front = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["image-classification", "timm"]}
-    names = {"plain": "plain training", "kd": "knowledge distillation", "dad": "Discrete Adversarial Distillation"}
     rows = [f"| {name} | {score.top1:.1f} ± {score.error:.1f} | {score.images:,} |" for name, score in scores.items()]
     numbers = ["Not evaluated yet (`make eval`)."]
     if rows:
@@ -144,10 +144,10 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
             "---",
             yaml.safe_dump(front, sort_keys=False).rstrip(),
             "---",
-            f"# {info.student}, {names[info.recipe['loss']['objective']]}",
+            f"# {info.student}, {title_of(info.recipe['method']['name'])}",
             "",
-            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, trained on shards {info.shards} by the method of "
-            "[Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441).",
+            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, trained on shards {info.shards}. Shards and "
+            "method: [Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441).",
             "",
             "## Numbers",
             *numbers,

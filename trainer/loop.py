@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from .checkpoint import BEST, METRICS, Progress, StudentDir
 from .evaluation.score import BATCH, score_set
 from .images.augmentation import Augment
 from .memory import memory_errors
+from .methods.method import Passes
 from .metrics import Log, Meter, to_csv
 from .optimizer import learning_rate
 from .ranks import distributed
@@ -44,12 +46,12 @@ def train(recipe: Recipe, out: str) -> StudentDir:
     if run.at.epoch < recipe.epochs:
         if not quiet:
             click.echo(_opening(run))
-        log = Log(run.directory.path, recipe, run.now)
+        log = Log(run.directory.path, recipe, run.steps_done)
         with (
             closing(log),
             memory_errors(),
             progress(
-                run.total, f"{recipe.student} {recipe.loss.objective}", "step", initial=run.now, hidden=quiet
+                run.all_steps, f"{recipe.student} {recipe.method.name}", "step", initial=run.steps_done, hidden=quiet
             ) as bar,
         ):
             while run.at.epoch < recipe.epochs:
@@ -63,54 +65,70 @@ def train(recipe: Recipe, out: str) -> StudentDir:
 def train_epoch(run: Training, log: Log, bar: Any) -> None:
     """From where the run is to the end of its epoch, with checkpoints on the way.
 
-    Told to stop, it writes one more and raises KeyboardInterrupt.
+    Raises KeyboardInterrupt after one more checkpoint when the process is told to stop.
     """
     recipe, reader, at, meter = run.recipe, run.reader, run.at, Meter()
     augment, pin = Augment(recipe.augmentation, run.side), run.device.type == "cuda"
     saved = clock = time.monotonic()
     run.student.train()
     with told_to_stop(quiet=not distributed.is_first()) as stop:
-        for batch, waited in with_waits(
-            reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)
-        ):
-            step = run.now
+        batches = reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)
+        for batch, waited in with_waits(batches):
+            step = run.steps_done
             rate, losses = advance(run, batch)
             meter.add(step, losses, batch)
             at.waited += waited
-            last, logs = at.step == reader.steps, step % LOG_EVERY == 0
-            due, leave = time.monotonic() - saved > 60 * recipe.checkpoint_minutes, stop.asked
-            if distributed.world() > 1:  # all ranks must see alike, and asking costs time
-                asks = last or step % ASK_EVERY == 0
-                due, leave = asks and distributed.agree(due), asks and distributed.any_rank(leave)
-            due = due or last or leave
-            if due or logs:
+            pace = _pace(run, step, stop.asked, time.monotonic() - saved)
+            if pace.read:
                 _record(at, meter, log, bar)
-                if logs:
+                if pace.log:
                     log.write({"lr": rate}, step)
                 now = time.monotonic()
                 at.seconds, clock = at.seconds + now - clock, now
-            if due:
+            if pace.save:
                 check_weights(run)
                 save(run)
                 log.flush()  # what is on disk ends where the checkpoint does
                 saved = time.monotonic()
             bar.update()
-            if leave:
+            if pace.leave:
                 break
-        # Also what was asked while the epoch's last checkpoint was written. Nobody leaves before rank 0 has written it: those who
-        # do end the job, and rank 0 with it.
+        # A stop may arrive while the epoch's last checkpoint is being written. All ranks wait here: one that exits early
+        # ends the job, and rank 0's write with it.
         if distributed.any_rank(stop.asked):
             raise KeyboardInterrupt
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What follows a step, on all ranks alike."""
+
+    log: bool  # write this step's losses to the log
+    save: bool  # write a checkpoint
+    leave: bool  # end here
+
+    @property
+    def read(self) -> bool:
+        """Whether losses are read from the device, which waits for it. Nothing is saved unread."""
+        return self.log or self.save
+
+
+def _pace(run: Training, step: int, asked: bool, unsaved: float) -> Pace:
+    """asked: whether this process was told to stop. unsaved: seconds since the last checkpoint."""
+    last = run.at.step == run.reader.steps
+    due, leave = unsaved > 60 * run.recipe.checkpoint_minutes, asked
+    if distributed.world() > 1:  # ranks must agree, and asking costs time
+        asks = last or step % ASK_EVERY == 0
+        due, leave = asks and distributed.agree(due), asks and distributed.any_rank(leave)
+    return Pace(log=step % LOG_EVERY == 0, save=due or last or leave, leave=leave)
+
+
 def advance(run: Training, batch: Batch) -> tuple[float, Losses]:
     """One step of training: its learning rate, and the losses, still on the device."""
-    recipe, reader, at, step = run.recipe, run.reader, run.at, run.now
+    recipe, reader, at, step = run.recipe, run.reader, run.at, run.steps_done
     settings, sizes = recipe.optimizer, reader.sizes(at.step)
-    rate = learning_rate(step, peak=settings.lr, warmup=round(settings.warmup * reader.steps), total=run.total)
-    losses = train_step(
-        run.forward, run.optimizer, batch, recipe, totals=sizes, rate=rate, step=step, device=run.device, bf16=run.bf16
-    )
+    rate = learning_rate(step, peak=settings.lr, warmup=round(settings.warmup * reader.steps), total=run.all_steps)
+    losses = train_step(run.learner, batch, recipe, totals=sizes, rate=rate, step=step)
     if run.average is not None:
         run.average.update(run.student, step=step)
     at.step += 1
@@ -124,10 +142,10 @@ def end_epoch(run: Training, log: Log) -> None:
     row: dict[str, float] = {"epoch": at.epoch} | {name: total / run.reader.steps for name, total in at.sums.items()}
     better = True
     if recipe.validation is not None:
-        distributed.share_buffers(run.result)
+        distributed.share_buffers(run.final_student)
         started, classes = time.monotonic(), len(run.reader.classes)
         score = score_set(
-            run.result,
+            run.final_student,
             Path(recipe.validation),
             classes,
             run.side,
@@ -143,10 +161,10 @@ def end_epoch(run: Training, log: Log) -> None:
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
         log.write(
-            {"val_top1": score.top1}, run.now - 1
-        )  # with the epoch's last step: what comes from run.now on, the next start drops
+            {"val_top1": score.top1}, run.steps_done - 1
+        )  # with the epoch's last step: what comes from run.steps_done on, the next start drops
     if better and distributed.is_first():
-        run.directory.save_best(run.result)
+        run.directory.save_best(run.final_student)
     at.rows.append(row | {"images": at.images, "seconds": at.seconds})
     at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
     if distributed.is_first():
@@ -173,33 +191,40 @@ def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
 
 
 def _opening(run: Training) -> str:
-    recipe = run.recipe
-    going_on = f", going on at step {run.now}" if run.now else ""
+    recipe, directory = run.recipe, run.directory
+    going_on = f", going on at step {run.steps_done}" if run.steps_done else ""
     missing = run.reader.info.missing or {}
     left_out = (
-        f"\n{run.directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
+        f"\n{directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
     )
     return (
-        f"{run.directory}: {recipe.student} {recipe.loss.objective}, {recipe.epochs} epochs of {run.reader.steps} steps, "
+        f"{directory}: {recipe.student} {recipe.method.name}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
-        f"{run.directory}: {images_a_step(run.reader)} images a step, {_times_plain(run):.2f} times those of plain training{left_out}"
+        f"{directory}: {images_a_step(run.reader)} images a step, {cost_in_words(run.passes)}{left_out}"
     )
 
 
 def _closing(run: Training) -> str:
-    at, recipe = run.at, run.recipe
+    at, recipe, directory = run.at, run.recipe, run.directory
     best = f", best val top-1 {at.best:.1f} %" if at.best >= 0 else ""
-    cost = f"{at.images:,} images, {_times_plain(run):.2f} times those of plain training"
     speed = f"{at.images / at.seconds:.0f} images/s in {at.seconds / 60:.1f} minutes" if at.seconds else "no time"
+    waited = f"{at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data"
     validated = f", and {at.validated / 60:.1f} minutes of validation" if at.validated else ""
     model = f'timm.create_model("{recipe.student}", num_classes={len(run.reader.classes)}'
     size = f", img_size={run.side}" if fixed_size(recipe.student) else ""
     return (
-        f"{run.directory}: done{best}\n"
-        f"{run.directory}: what it cost: {cost}; {speed}, {at.waited / max(at.seconds, 1e-9):.1%} of it waiting for data{validated}\n"
-        f'load it: {model}{size}, checkpoint_path="{run.directory.path / BEST}")'
+        f"{directory}: done{best}\n"
+        f"{directory}: what it cost: {at.images:,} images, {cost_in_words(run.passes)}; {speed}, {waited}{validated}\n"
+        f'load it: {model}{size}, checkpoint_path="{directory.path / BEST}")'
     )
 
 
-def _times_plain(run: Training) -> float:
-    return sum(run.reader.samples.values()) / run.reader.samples["clean"]
+def cost_in_words(passes: Passes) -> str:
+    """For people: the student's passes beside plain training's, and how often other models are asked."""
+    asked = [
+        f"{count:g} of the {name}"
+        for name, count in (("teacher", passes.teacher), ("discretizer", passes.discretizer))
+        if count
+    ]
+    more = f" and, per clean image, {' and '.join(asked)}" if asked else ""
+    return f"{passes.times_plain:.2f} times the passes of plain training{more}"

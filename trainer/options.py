@@ -11,7 +11,7 @@ import click
 from manifests import RunDir, UserError
 from manifests.command import as_overrides, recipe_option_of
 
-from .recipe import DEMO, FOLDER, load
+from .recipes import DEMO, FOLDER
 
 _OPTIONS = (
     recipe_option_of(FOLDER, None, "the demo's for its shards, else that of the student"),
@@ -39,6 +39,8 @@ def choose(recipe: str | None, student: str | None, shards: str | None) -> tuple
     Where no recipe is named, shards of the demo's classes are learned from as in the demo, others by the recipe of the student's name,
     or else the first that trains this model. Raises UserError when there is none, or there are no shards.
     """
+    from .recipe import load  # not at the top: --help need not wait for torch
+
     own = {path.stem: load(path.stem).student for path in sorted(FOLDER.glob("*.yaml")) if path.stem != DEMO}
     model = own.get(student, student) if student else None
     if recipe is not None:
@@ -57,6 +59,7 @@ def choose(recipe: str | None, student: str | None, shards: str | None) -> tuple
 def _are_the_demos(shards: str) -> bool:
     """Known by their place or, wherever they are, by their classes."""
     from .evaluation.sets import classes_of
+    from .recipe import load
 
     demo = load(DEMO)
     if Path(shards) == Path(demo.shards):

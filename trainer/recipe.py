@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from pydantic import Field
 
 from manifests import Execution, Location, load_recipe, recipe_dataclass
 from manifests.recipe import Positive
 
 from .images.augmentation import Augmentation
+from .methods import BY_NAME, DAD, AnyMethod
 from .optimizer import Optimizer
-
-FOLDER = Path(__file__).parent / "recipes"
-DEMO = "demo"
-
-
-@recipe_dataclass
-class Loss:
-    """What the student minimizes."""
-
-    objective: Literal["plain", "kd", "dad"] = "dad"
-    """plain: cross-entropy. kd: plus distillation on clean images. dad: plus distillation on DAD images (paper eq. 9)."""
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T, of both distillation terms."""
-    weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of both distillation terms."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Label smoothing of the cross-entropy. The teacher's soft labels stay as they are."""
+from .recipes import FOLDER
 
 
 @recipe_dataclass
 class Recipe:
     """Everything that decides what a student becomes."""
+
+    RETIRED: ClassVar[Mapping[str, str]] = {
+        "loss": "is now `method`, for example method: {name: dad, temperature: 4, weight: 0.5}"
+    }
 
     shards: Annotated[str, Location] = "data/demo"
     """The run directory to learn from."""
@@ -54,7 +44,11 @@ class Recipe:
     forward: Literal["joint", "separate"] = "joint"
     """How clean and DAD images go through the student. joint: in one batch, whose mixture batch norm sees. separate: one after the
     other, each normalised by statistics of its own; the running statistics, which count afterwards, follow both."""
-    loss: Loss = Loss()
+    method: AnyMethod = DAD()
+    """How the student learns: `name` and that method's own settings (`python -m trainer methods` lists them)."""
+    models: Annotated[dict[str, Any], Location] = Field(default_factory=dict)
+    """Where the run's own teacher and discretizer lie on this machine, for methods that ask them in every step: fields of
+    `teacher` and `discretizer` that are laid over those of run.json."""
     augmentation: Augmentation = Augmentation()
     optimizer: Optimizer = Optimizer()
     epochs: Positive = 10
@@ -95,6 +89,23 @@ class Recipe:
     """Weights & Biases project to log to as well (pip install '.[wandb]'); kept on disk unless WANDB_MODE=online."""
 
 
+SHARED = ("smoothing", "temperature", "weight")  # settings that mean the same in every method that has them
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides."""
-    return load_recipe(Recipe, name, FOLDER, overrides)
+    return load_recipe(Recipe, name, FOLDER, overrides, adapt=partial(_switch_method, overrides=overrides))
+
+
+def _switch_method(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe's tree with the settings of another method, where an override names one: only `SHARED` ones stay."""
+    named = [value for field, _, value in (override.partition("=") for override in overrides) if field == "method.name"]
+    old = tree.get("method")
+    if not named or not isinstance(old, dict):
+        return tree
+    new = str(yaml.safe_load(named[-1]))
+    if new == old.get("name", DAD().name) or new not in BY_NAME:
+        return tree
+    fields = BY_NAME[new].__dataclass_fields__  # type: ignore[attr-defined]
+    kept = {field: value for field, value in old.items() if field in SHARED and field in fields}
+    return tree | {"method": {"name": new} | kept}

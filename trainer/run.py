@@ -18,12 +18,14 @@ from shards import TrainingReader
 
 from .checkpoint import BEST, LAST, Progress, StudentDir, describe
 from .evaluation.sets import check_set
-from .methods.losses import STREAMS, Objective
+from .methods.frozen import load_frozen
+from .methods.method import Passes, passes_of
+from .methods.norms import add_norms
 from .metrics import check_wandb
 from .optimizer import create_optimizer
 from .ranks import distributed
 from .recipe import Recipe
-from .step import Forward
+from .step import Learner
 from .student import Student, create_student, to_device, try_out
 
 
@@ -35,29 +37,42 @@ class Training:
     directory: StudentDir
     reader: TrainingReader
     side: int  # of the student's input, in pixels
-    device: torch.device
-    bf16: bool
     student: Student  # holds the weights
-    forward: Forward  # what is called: the student, compiled if so wished
+    learner: Learner  # what a step works with
     average: Any  # timm's ModelEmaV3 of the student, or None
-    optimizer: torch.optim.Optimizer
     at: Progress
 
     @property
-    def total(self) -> int:
+    def device(self) -> torch.device:
+        """Where the student learns."""
+        return self.learner.device
+
+    @property
+    def bf16(self) -> bool:
+        """Whether forward and backward passes compute in bf16."""
+        return self.learner.bf16
+
+    @property
+    def all_steps(self) -> int:
         """Steps of the whole training."""
         return self.recipe.epochs * self.reader.steps
 
     @property
-    def now(self) -> int:
-        """Steps done."""
+    def steps_done(self) -> int:
+        """Steps since training began, over all epochs; the number of the step that comes next."""
         return self.at.epoch * self.reader.steps + self.at.step
 
     @property
-    def result(self) -> Student:
-        """The student as it is evaluated and exported: averaged, if the recipe averages."""
+    def final_student(self) -> Student:
+        """The student that is evaluated and exported: averaged, if the recipe averages."""
         student: Student = self.student if self.average is None else self.average.module
         return student
+
+    @property
+    def passes(self) -> Passes:
+        """Passes per clean image, with as many DAD images as these shards hold."""
+        samples = self.reader.samples
+        return passes_of(self.recipe.method, samples.get("dad", 0) / samples["clean"])
 
 
 def prepare(recipe: Recipe, out: str) -> Training:
@@ -67,12 +82,13 @@ def prepare(recipe: Recipe, out: str) -> Training:
     device = distributed.start(recipe.device)
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
-    reader = open_reader(recipe, recipe.loss.objective)
+    reader = open_reader(recipe)
     _check(recipe, reader)
     torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
     info = reader.info
     side = recipe.input or reader.canvas
     torch.manual_seed(recipe.seed)
+    method = recipe.method
     student = create_student(
         recipe.student,
         len(reader.classes),
@@ -83,10 +99,12 @@ def prepare(recipe: Recipe, out: str) -> Training:
     )
     if recipe.sync_bn:
         student = timm.layers.convert_sync_batchnorm(student)
+    add_norms(student, method.needs.norms)
     student = to_device(student, device)
     bf16 = use_bf16(recipe.precision, device)
     try_out(student, min(2, _smallest_part(recipe, reader)), side, device, bf16=bf16)
     optimizer = create_optimizer(student.model, recipe.optimizer)
+    frozen = load_frozen(info, method.needs.models, device, recipe.models)
     if recipe.validation is not None:
         try:
             check_set(Path(recipe.validation), reader.classes)
@@ -99,19 +117,22 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if recipe.check_shards:
         reader.check()
     forward = distributed.replicate(student, device)
+    learner = Learner(
+        student=student,
+        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches have two or three sizes
+        optimizer=optimizer,
+        device=device,
+        bf16=bf16,
+        frozen=frozen,
+    )
     run = Training(
         recipe=recipe,
         directory=directory,
         reader=reader,
         side=side,
-        device=device,
-        bf16=bf16,
         student=student,
-        forward=torch.compile(forward, dynamic=False)
-        if recipe.compile
-        else forward,  # batches come in two or three sizes
+        learner=learner,
         average=timm.utils.ModelEmaV3(student, decay=recipe.ema, use_warmup=True) if recipe.ema else None,
-        optimizer=optimizer,
         at=Progress(),
     )
     resume(run)
@@ -122,18 +143,18 @@ def prepare(recipe: Recipe, out: str) -> Training:
     return run
 
 
-def open_reader(recipe: Recipe, objective: Objective) -> TrainingReader:
-    """The streams that an objective learns from, read as the recipe says."""
+def open_reader(recipe: Recipe) -> TrainingReader:
+    """The streams that the recipe's method learns from, read as the recipe says."""
     return TrainingReader(
         recipe.shards,
         batch_size=recipe.batch,
-        streams=STREAMS[objective],
+        streams=recipe.method.needs.streams,
         seed=recipe.seed,
         window=recipe.window,
         rank=distributed.rank(),
         world=distributed.world(),
         images=recipe.images,
-        temperature=recipe.loss.temperature,
+        temperature=getattr(recipe.method, "temperature", 1.0),
         cache_gb=recipe.cache_gb,
         side=recipe.input,
     )
@@ -143,7 +164,7 @@ def check_weights(run: Training) -> None:
     """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
     if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
         raise UserError(
-            f"the weights are no longer finite at step {run.now}; lower optimizer.lr, and run the command again"
+            f"the weights are no longer finite at step {run.steps_done}; lower optimizer.lr, and run the command again"
         )
 
 
@@ -153,7 +174,7 @@ def save(run: Training) -> None:
         return
     state = {
         "student": run.student.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.learner.optimizer.state_dict(),
         "progress": vars(run.at).copy(),
     }
     if run.average is not None:
@@ -172,7 +193,7 @@ def resume(run: Training) -> None:
         return
     try:
         run.student.load_state_dict(state["student"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        run.learner.optimizer.load_state_dict(state["optimizer"])
         if run.average is not None:
             run.average.module.load_state_dict(state["average"])
         run.at = Progress(**state["progress"])
@@ -198,7 +219,7 @@ def mend_best(run: Training) -> None:
     except UserError:
         where = run.directory.store.where(BEST)
         note(f"{where}: missing or damaged; the weights of the last checkpoint take its place")
-        run.directory.save_best(run.result)
+        run.directory.save_best(run.final_student)
         run.at.best = -1.0  # whatever the next epoch reaches
         save(run)
 
@@ -210,8 +231,14 @@ def images_a_step(reader: TrainingReader) -> str:
 
 def _smallest_part(recipe: Recipe, reader: TrainingReader) -> int:
     """Images that the student sees at one time, at least."""
-    parts = [samples // reader.steps // distributed.world() // recipe.accumulate for samples in reader.samples.values()]
+    parts = _parts(recipe, reader).values()
     return max(1, min(parts) if recipe.forward == "separate" else sum(parts))
+
+
+def _parts(recipe: Recipe, reader: TrainingReader) -> dict[str, int]:
+    """Images of each stream that a rank passes through at one time, at least."""
+    parts = distributed.world() * recipe.accumulate
+    return {stream: samples // reader.steps // parts for stream, samples in reader.samples.items()}
 
 
 def _check(recipe: Recipe, reader: TrainingReader) -> None:
@@ -228,6 +255,12 @@ def _check(recipe: Recipe, reader: TrainingReader) -> None:
         raise UserError(
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
             "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
+        )
+    least = recipe.method.needs.smallest
+    if _parts(recipe, reader)["clean"] < least:
+        raise UserError(
+            f"batch: {recipe.method.name} needs {least} clean images in every part of a batch on every rank, this one holds "
+            f"{_parts(recipe, reader)['clean']}; raise batch, or lower accumulate"
         )
     if recipe.accumulate > min(reader.samples.values()) // reader.steps // distributed.world():
         raise UserError(

@@ -1,9 +1,11 @@
-"""One training step: forward, loss, backward, update. Nothing in it waits for the device."""
+"""One training step: images to the device, the method's terms, backward, update. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,102 +14,126 @@ from shards import Batch, StreamBatch, seeded_generator
 from shards.codec import to_float
 
 from .images.mixing import draw_mixing, mix_images
-from .methods.losses import student_loss
+from .methods import Step
+from .methods.attacks import adversarial_images
+from .methods.frozen import Frozen
+from .methods.method import Images, Term, total
+from .methods.norms import through
 from .ranks.distributed import rank, unshared, world
 from .recipe import Recipe
 
 Forward = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, H, W] in [0, 1] -> logits [B, classes]
-Losses = dict[str, torch.Tensor]  # "loss", its terms and "grad_norm", scalars on the device
+Losses = dict[str, torch.Tensor]  # "loss", the terms without their weights, and "grad_norm": scalars on the device
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a step works with: the student in its forms, its optimizer, and the models that the method asks."""
+
+    student: nn.Module  # holds the weights; attacked as it is
+    forward: (
+        Forward  # what is called to train: the student, wrapped for several ranks and compiled where the recipe says so
+    )
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    bf16: bool
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
 
 
 def train_step(
-    forward: Forward,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    recipe: Recipe,
-    *,
-    totals: Mapping[str, int],
-    rate: float,
-    step: int,
-    device: torch.device,
-    bf16: bool,
+    learner: Learner, batch: Batch, recipe: Recipe, *, totals: Mapping[str, int], rate: float, step: int
 ) -> Losses:
-    """One update of the student; returns loss, terms and the gradient's norm, still on the device. `Meter` finds what is not finite.
+    """One update of the student; returns its losses, still on the device. `Meter` finds what is not finite.
 
-    totals: samples of each stream in the whole global batch, of which ``batch`` may be a part; losses are sums over the samples here
-    divided by them, so that those of all parts add up.
+    totals: samples of each stream in the whole global batch, of which ``batch`` may be a part. Losses are sums over the samples
+    here, divided by them, so that those of all parts add up.
     """
     torch.manual_seed(
         recipe.seed * 1_000_003 + step + (rank() << 40)
     )  # dropout and the like; no generator state to save
-    for group in optimizer.param_groups:
+    for group in learner.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
-    optimizer.zero_grad(set_to_none=True)
-    generator = seeded_generator("mixing", recipe.seed, step, rank())
+    learner.optimizer.zero_grad(set_to_none=True)
+    mixing = seeded_generator("mixing", recipe.seed, step, rank())
+    drawn = seeded_generator("method", recipe.seed, step, rank())
+    generator = torch.Generator(learner.device).manual_seed(drawn.initial_seed())  # draws noise where it is used
     losses: Losses = {}
     for number, part in enumerate(split_batch(batch, recipe.accumulate), 1):
-        with nullcontext() if number == recipe.accumulate else unshared(forward):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, terms = batch_loss(forward, part, recipe, totals, generator, device)
+        with nullcontext() if number == recipe.accumulate else unshared(learner.forward):
+            with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
+                terms = terms_of(learner, part, recipe, mixing, generator)
+            loss = total(terms, totals)
             (loss * world()).backward()  # the ranks' gradients are averaged, their losses add up
-        for name, value in {"loss": loss, **terms}.items():
+        for name, value in {"loss": loss, **{name: term.mean(totals) for name, term in terms.items()}}.items():
             losses[name] = losses[name] + value.detach() if name in losses else value.detach()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+    weights = [weight for group in learner.optimizer.param_groups for weight in group["params"]]
+    weights = [weight for weight in weights if weight.grad is not None]
     if recipe.optimizer.clip is not None:
         norm = nn.utils.clip_grad_norm_(weights, recipe.optimizer.clip)
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-    losses["grad_norm"] = norm.detach() / world()  # alike on all ranks, where the meter adds up
-    optimizer.step()
+    losses["grad_norm"] = norm.detach() / world()  # equal on all ranks; the meter sums over ranks, so divide here
+    learner.optimizer.step()
     return losses
 
 
-def batch_loss(
-    forward: Forward,
-    batch: Batch,
-    recipe: Recipe,
-    totals: Mapping[str, int],
-    generator: torch.Generator,
-    device: torch.device,
-) -> tuple[torch.Tensor, Losses]:
-    """The recipe's loss on a batch, or a part of one, and its terms. Images of each stream are mixed among themselves."""
-    halves = list(batch.values())
-    settings = recipe.augmentation
-    mixing, images = [], []
-    for half in halves:
-        side = half.images.shape[-1]
-        drawn = draw_mixing(len(half.keys), side, mixup=settings.mixup, cutmix=settings.cutmix, generator=generator)
-        mixing.append(drawn.to(device) if drawn is not None else None)
-        pixels = to_float(half.images.to(device, non_blocking=True))
-        images.append(mix_images(pixels, mixing[-1]).contiguous(memory_format=torch.channels_last))
-    return student_loss(
-        recipe.loss.objective,
-        halves[0].labels.to(device, non_blocking=True),
-        [logits.float() for logits in forward_halves(forward, images, recipe.forward)],
-        [half.logits.to(device, non_blocking=True) for half in halves],
-        temperature=recipe.loss.temperature,
-        weight=recipe.loss.weight,
-        smoothing=recipe.loss.smoothing,
+def terms_of(
+    learner: Learner, batch: Batch, recipe: Recipe, mixing: torch.Generator, generator: torch.Generator
+) -> dict[str, Term]:
+    """The terms of the recipe's method on a batch, or a part of one.
+
+    mixing: draws Mixup and CutMix. generator: the method's own, on the device.
+    """
+    step = Step(
+        images={stream: to_device(some, stream, recipe, learner.device, mixing) for stream, some in batch.items()},
+        student=partial(student_logits, learner, recipe.forward),
+        attack=partial(adversarial_images, learner.student, generator=generator),
+        frozen=learner.frozen,
+        generator=generator,
+    )
+    return recipe.method.terms(step)
+
+
+def student_logits(learner: Learner, how: str, *groups: torch.Tensor, norms: int = 0) -> tuple[torch.Tensor, ...]:
+    """Float32 logits of each group of images: in one joint batch, or one group after the other, as ``how`` says."""
+    with through(learner.student, norms):
+        if how == "separate":
+            return tuple(learner.forward(x).float() for x in groups)
+        return learner.forward(torch.cat(groups)).float().split([len(x) for x in groups])
+
+
+def to_device(
+    some: StreamBatch, stream: str, recipe: Recipe, device: torch.device, generator: torch.Generator
+) -> Images:
+    """One stream's images, labels and soft labels on the device. Images are mixed among those of their own stream."""
+    settings, side = recipe.augmentation, some.images.shape[-1]
+    drawn = draw_mixing(len(some.keys), side, mixup=settings.mixup, cutmix=settings.cutmix, generator=generator)
+    mixing = drawn.to(device) if drawn is not None else None
+
+    def mixed(pixels: torch.Tensor) -> torch.Tensor:
+        images = mix_images(to_float(pixels.to(device, non_blocking=True)), mixing)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def sent(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Images(
+        x=mixed(some.images),
+        labels=sent(some.labels),
+        logits=sent(some.logits),
+        stream=stream,  # type: ignore[arg-type]
         mixing=mixing,
-        shares=[len(half.keys) / totals[stream] for stream, half in batch.items()],
     )
 
 
-def forward_halves(forward: Forward, images: Sequence[torch.Tensor], how: str) -> Sequence[torch.Tensor]:
-    """Logits of the clean images and, if any, of the DAD images: in one joint batch, or one after the other."""
-    if how == "separate":
-        return [forward(half) for half in images]
-    return forward(torch.cat(list(images))).split([len(half) for half in images])
-
-
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Cut both halves of a batch into ``parts`` parts that differ by at most one sample."""
+    """Cut every stream of a batch into ``parts`` parts that differ by at most one sample."""
     for part in range(parts):
-        yield {stream: _cut(half, part, parts) for stream, half in batch.items()}
+        yield {stream: cut(some, part, parts) for stream, some in batch.items()}
 
 
-def _cut(half: StreamBatch, part: int, parts: int) -> StreamBatch:
-    place = slice(len(half.keys) * part // parts, len(half.keys) * (part + 1) // parts)
+def cut(some: StreamBatch, part: int, parts: int) -> StreamBatch:
+    place = slice(len(some.keys) * part // parts, len(some.keys) * (part + 1) // parts)
     return StreamBatch(
-        keys=half.keys[place], images=half.images[place], labels=half.labels[place], logits=half.logits[place]
+        keys=some.keys[place], images=some.images[place], labels=some.labels[place], logits=some.logits[place]
     )

@@ -15,8 +15,7 @@ from manifests.devices import choose_device, must_fit, repeatable, use_bf16
 from manifests.notes import note
 from shards.sources.classes import ClassList
 
-from ..method.diffusion import load_diffusion
-from ..method.discretizer import Discretizer, load_discretizer
+from ..method.discretizer import build_discretizer
 from ..method.teacher import TeacherModel, load_teacher, weights_fingerprint
 from ..recipe import Recipe
 
@@ -115,13 +114,6 @@ def join(teacher: TeacherModel, discretizer: nn.Module, recipe: Recipe, device: 
     discretizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     models = Models(teacher, discretizer, device, recipe.precision == "bf16", batch=recipe.batch)
     return compile_models(models) if recipe.compile else models
-
-
-def build_discretizer(settings: Discretizer) -> nn.Module:
-    """The discretizer of a recipe, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
-    if settings.kind == "diffusion":
-        return load_diffusion(settings.diffusion, settings.weights)
-    return load_discretizer(settings.config, settings.weights, settings.kind)
 
 
 def compile_models(models: Models) -> Models:

@@ -21,7 +21,7 @@ from torch import nn
 from manifests import Location, UserError, find_file, load_weights, one_line, recipe_dataclass
 from manifests.recipe import nearest
 
-from .diffusion import DiffusionConfig
+from .diffusion import DiffusionConfig, load_diffusion
 
 RANDOM = "random"
 NEAREST_CHUNK = 8192  # tokens whose distances to all codes are held at once: 8192 x 16384 float32 is 512 MiB
@@ -207,3 +207,10 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
         reason = one_line(error, 300)
         raise UserError(f"discretizer.weights: {path}: does not fit discretizer.config: {reason}") from error
     return vqgan.eval()
+
+
+def build_discretizer(settings: Discretizer) -> nn.Module:
+    """The discretizer of a recipe, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    if settings.kind == "diffusion":
+        return load_diffusion(settings.diffusion, settings.weights)
+    return load_discretizer(settings.config, settings.weights, settings.kind)

@@ -1,1 +1,53 @@
-"""Training methods: one file each, as pure functions of logits and images."""
+"""Training methods, one file each. The order of `METHODS` is that of every table.
+
+A new method is a file of this folder, a line here, and a recipe; `method` says what a method is, `losses` and `attacks` what it is
+made of, `norms` and `frozen` what else it may ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Union
+
+from pydantic import Field
+
+from .advprop import AdvProp
+from .at import AT
+from .dad import DAD
+from .dat import DAT
+from .fast_advprop import FastAdvProp
+from .kd import KD
+from .live import LiveDAD, LiveKD
+from .method import Method, Needs, Passes, Step, Term
+from .plain import Plain
+
+METHODS: tuple[type[Method], ...] = (
+    Plain,
+    KD,
+    DAD,
+    LiveKD,
+    LiveDAD,
+    AT,
+    AdvProp,
+    FastAdvProp,
+    DAT,
+)
+NAMES: tuple[str, ...] = tuple(method().name for method in METHODS)
+BY_NAME: Mapping[str, type[Method]] = dict(zip(NAMES, METHODS, strict=True))
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = Annotated[Union[METHODS], Field(discriminator="name")]  # noqa: UP007  # made from the tuple
+
+__all__ = ["BY_NAME", "DAD", "METHODS", "NAMES", "AnyMethod", "Method", "Needs", "Passes", "Step", "Term"]
+
+
+def rank_of(name: str) -> int:
+    """Where a method stands in tables; one that is not known here, of a later version, stands last."""
+    return NAMES.index(name) if name in NAMES else len(NAMES)
+
+
+def title_of(name: str) -> str:
+    """What a method is called in model cards."""
+    return BY_NAME[name].title if name in BY_NAME else name

@@ -1,50 +1,51 @@
-"""AdvProp and Fast AdvProp."""
+"""AdvProp (Xie et al., 2020): clean images through one set of batch norms, their adversarial images through another.
+
+The attack goes through the auxiliary norms and their running statistics. Students without batch norms, such as ViTs, learn from
+both images through the same weights.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Annotated, ClassVar, Literal
 
-from .attacks import adversarial_images
-from .losses import plain_loss
+from pydantic import Field
 
+from manifests import recipe_dataclass
+from manifests.recipe import Positive
 
-def advprop_loss(
-    student: nn.Module,
-    auxiliary: nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    steps: int = 5,
-) -> torch.Tensor:
-    """AdvProp (Xie et al., 2020): CE on every clean image, and CE on its PGD image through auxiliary batch norms.
+from .losses import cross_entropy, targets
+from .method import Needs, Passes, Step, Term
 
-    ``steps`` attack passes and 2 training passes; the paper counts AdvProp-5 as 7, and Fast AdvProp as this with one step, 3.
-    auxiliary: from `with_auxiliary_norms`.
-    """
-    adversarial = adversarial_images(auxiliary, x, y, generator, steps=steps, eps=4 / 255, alpha=1 / 255)
-    return plain_loss(student(x), y) + plain_loss(auxiliary(adversarial), y)
+PAPER = {5: 7.0, 1: 3.0}  # by steps; the paper's Fast AdvProp is counted as AdvProp with one step
 
 
-def fast_advprop_loss(
-    student: nn.Module,
-    auxiliary: nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    share: float = 0.2,
-) -> torch.Tensor:
-    """Fast AdvProp (Mei et al., 2022), decoupled: one part of the batch is trained on clean, the other on one-step attacks only.
+@recipe_dataclass
+class AdvProp:
+    """CE(student(x), y) + CE(auxiliary(x'), y), x' = PGD, L-infinity, uniform start."""
 
-    share: of the attacked part; 4 to 1 in the published configuration, which also takes eps = alpha = 1/255. 1 training pass, and
-    ``share`` attack passes. (The published code adds the weights' gradient of the attack pass to the update; left out here.)
-    """
-    attacked = max(1, round(share * len(x)))
-    adversarial = adversarial_images(
-        auxiliary, x[:attacked], y[:attacked], generator, steps=1, eps=1 / 255, alpha=1 / 255
-    )
-    clean_loss = plain_loss(student(x[attacked:]), y[attacked:])
-    adversarial_loss = plain_loss(auxiliary(adversarial), y[:attacked])
-    return (1 - attacked / len(x)) * clean_loss + attacked / len(x) * adversarial_loss
+    name: Literal["advprop"] = "advprop"
+    steps: Positive = 5
+    """Steps of the attack."""
+    eps: Annotated[float, Field(ge=0)] = 4 / 255
+    """Radius of the ball around x, in units of pixel values."""
+    alpha: Annotated[float, Field(ge=0)] = 1 / 255
+    """Length of a step."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of both terms."""
+
+    title: ClassVar[str] = "AdvProp"
+    needs: ClassVar[Needs] = Needs(norms=2)
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(train=2, attack=self.steps, paper=PAPER.get(self.steps))
+
+    def terms(self, step: Step) -> dict[str, Term]:
+        clean = step.images["clean"]
+        y = targets(clean, clean.logits.shape[1])
+        adversarial = step.attack(clean.x, y, steps=self.steps, eps=self.eps, alpha=self.alpha, norms=1)
+        (on_clean,), (on_adversarial,) = step.student(clean.x), step.student(adversarial, norms=1)
+        return {
+            "ce": cross_entropy(on_clean, clean, self.smoothing),
+            "ce_adversarial": cross_entropy(on_adversarial, clean, self.smoothing),
+        }

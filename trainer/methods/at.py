@@ -1,17 +1,45 @@
-"""Adversarial training."""
+"""Adversarial training (Madry et al., 2018): cross-entropy on PGD images alone.
+
+Eq. 4 of the paper adds a clean term. Its table 7 counts 11 passes, which are ten attack passes and one training pass: no clean term.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Annotated, ClassVar, Literal
 
-from .attacks import adversarial_images
-from .losses import plain_loss
+from pydantic import Field
+
+from manifests import recipe_dataclass
+from manifests.recipe import Positive
+
+from .losses import cross_entropy, targets
+from .method import Needs, Passes, Step, Term
 
 
-def adversarial_training_loss(
-    student: nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator, *, steps: int = 10
-) -> torch.Tensor:
-    """AT (Madry et al., 2018): CE on PGD images alone. ``steps`` attack passes and 1 training pass; the paper counts AT-10 as 11."""
-    adversarial = adversarial_images(student, x, y, generator, steps=steps, eps=4 / 255, alpha=1 / 255)
-    return plain_loss(student(adversarial), y)
+@recipe_dataclass
+class AT:
+    """CE(student(x'), y), x' = PGD on the student in eval mode, L-infinity, uniform start."""
+
+    name: Literal["at"] = "at"
+    steps: Positive = 10
+    """Steps of the attack."""
+    eps: Annotated[float, Field(ge=0)] = 4 / 255
+    """Radius of the ball around x, in units of pixel values."""
+    alpha: Annotated[float, Field(ge=0)] = 1 / 255
+    """Length of a step."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing."""
+
+    title: ClassVar[str] = "adversarial training"
+    needs: ClassVar[Needs] = Needs()
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(attack=self.steps, paper=11 if self.steps == 10 else None)
+
+    def terms(self, step: Step) -> dict[str, Term]:
+        clean = step.images["clean"]
+        y = targets(clean, clean.logits.shape[1])
+        adversarial = step.attack(clean.x, y, steps=self.steps, eps=self.eps, alpha=self.alpha)
+        (output,) = step.student(adversarial)
+        return {"ce": cross_entropy(output, clean, self.smoothing)}

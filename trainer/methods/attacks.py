@@ -1,28 +1,25 @@
-"""Training schemes that make their adversarial images, or ask their teacher, anew in every step: what DAD is compared with (table 7).
-
-Pure functions from models and a batch to a loss, beside `objectives`. Images are [B, 3, H, W] in [0, 1], labels [B], and every random
-number comes from the generator. Costs are stated in passes an image: a *training pass* is a forward pass and the gradients of inputs and
-weights; an *attack pass* is a forward pass and the gradient of the input alone, about two thirds of it. The paper counts both as one.
-"""
+"""Adversarial images of a model that is being trained: the attack of stage 1 with the student as its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-Teacher = Callable[[torch.Tensor], torch.Tensor]  # images -> logits [B, classes]
+from .norms import through
+
 Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images -> (images, codes)
 
 
 def no_discretizer(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leaves pixels as they are."""
+    """Leave pixels as they are."""
     return images, images.new_empty(0)
 
 
 def adversarial_images(
-    model: nn.Module,
+    student: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
     generator: torch.Generator,
@@ -33,11 +30,15 @@ def adversarial_images(
     norm: str = "linf",
     random_start: float = 1.0,
     discretizer: Quantizer = no_discretizer,
+    norms: int = 0,
+    training: bool = False,
 ) -> torch.Tensor:
-    """Images that a model in training is attacked with: the attack of stage 1 with the student as its teacher. ``steps`` attack passes.
+    """Attack a student that is being trained; ``steps`` attack passes. Returns images [B, 3, H, W] in [0, 1].
 
-    eps, alpha: radius and step, in units of pixel values. random_start: probability of starting at a random point of the ball (Linf)
-    or sphere (L2). The model is in eval mode meanwhile, so that batch norm's running statistics do not follow half-made images.
+    x: images [B, 3, H, W] in [0, 1]. y: labels [B], or their distribution [B, classes] for mixed images.
+    eps, alpha: radius and step, in units of pixel values. random_start: probability of starting at a random point of the ball
+    (Linf) or sphere (L2). norms: the set of batch norms that the attack goes through.
+    training: attack the student in train mode; batch norm's running statistics then follow half-made images. Else in eval mode.
     """
     from pipeline.method.attack import AttackSettings, attack
 
@@ -48,9 +49,17 @@ def adversarial_images(
         noise = torch.randn(x.shape, generator=generator, device=generator.device)
         noise *= eps / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     starts = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device) < random_start
-    was_training = model.training
-    model.eval()
+    with _mode(student, training), through(student, norms):
+        return attack(
+            x, y, student, discretizer, settings, (noise * starts).to(x.device, non_blocking=True)
+        ).adversarial
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
     try:
-        return attack(x, y, model, discretizer, settings, (noise * starts).to(x.device, non_blocking=True)).adversarial
+        yield
     finally:
-        model.train(was_training)
+        model.train(before)

@@ -1,39 +1,59 @@
-"""DAT."""
+"""DAT (Mao et al., 2022): discrete adversarial images of the student itself, made anew in every step."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Annotated, ClassVar, Literal
 
-from .attacks import Quantizer, adversarial_images
-from .losses import plain_loss
+from pydantic import Field
+
+from manifests import recipe_dataclass
+from manifests.recipe import Positive
+
+from .losses import cross_entropy, targets
+from .method import Needs, Passes, Step, Term
 
 
-def dat_loss(
-    student: nn.Module,
-    discretizer: Quantizer,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    generator: torch.Generator,
-    *,
-    steps: int = 1,
-    eps: float = 0.1,
-    alpha: float = 0.1,
-) -> torch.Tensor:
-    """DAT (Mao et al., 2022): CE(x) + CE(x''), x'' discretized and adversarial to the student itself.
+@recipe_dataclass
+class DAT:
+    """CE(student(x), y) + CE(student(x''), y), x'' = Q(one L2 step on the student from Q(x)).
 
-    ``steps`` attack passes, 2 passes of the discretizer and 2 training passes; the paper counts DAT-1 as 3.5.
+    As published, Q(x) is of the mixed image, and both terms and the attack aim at the same mixed labels.
     """
-    adversarial = adversarial_images(
-        student,
-        x,
-        y,
-        generator,
-        steps=steps,
-        eps=eps,
-        alpha=alpha,
-        norm="l2",
-        random_start=0.8,
-        discretizer=discretizer,
-    )
-    return plain_loss(student(x), y) + plain_loss(student(adversarial), y)
+
+    name: Literal["dat"] = "dat"
+    steps: Positive = 1
+    """Steps of the attack."""
+    eps: Annotated[float, Field(ge=0)] = 0.1
+    """Radius of the L2 ball around Q(x), in units of pixel values."""
+    alpha: Annotated[float, Field(ge=0)] = 0.1
+    """Length of a step."""
+    attacked: Literal["train", "eval"] = "train"
+    """Mode of the student while it is attacked. train, as published: batch norm's running statistics follow these images too."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of both terms."""
+
+    title: ClassVar[str] = "DAT"
+    needs: ClassVar[Needs] = Needs(models=frozenset({"discretizer"}))
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(train=2, attack=self.steps, discretizer=2, paper=3.5 if self.steps == 1 else None)
+
+    def terms(self, step: Step) -> dict[str, Term]:
+        clean = step.images["clean"]
+        adversarial = step.attack(
+            clean.x,
+            targets(clean, clean.logits.shape[1]),
+            steps=self.steps,
+            eps=self.eps,
+            alpha=self.alpha,
+            norm="l2",
+            random_start=0.8,
+            discretizer=step.frozen["discretizer"],
+            training=self.attacked == "train",
+        )
+        on_clean, on_adversarial = step.student(clean.x, adversarial)
+        return {
+            "ce": cross_entropy(on_clean, clean, self.smoothing),
+            "ce_adversarial": cross_entropy(on_adversarial, clean, self.smoothing),
+        }

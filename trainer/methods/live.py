@@ -1,39 +1,83 @@
-"""Schemes that ask their teacher in every step."""
+"""KD and DAD with a teacher that is asked in every step, as the authors' code trains: what stored soft labels save.
+
+The teacher sees each augmented, mixed image itself, so its soft label needs no mixing.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
 import torch
-from torch import nn
+from pydantic import Field
 
-from .attacks import Teacher
-from .losses import student_loss
+from manifests import recipe_dataclass
 
-
-def live_kd_loss(
-    student: nn.Module, teacher: Teacher, x: torch.Tensor, y: torch.Tensor, *, temperature: float, weight: float
-) -> torch.Tensor:
-    """KD (paper eq. 7) with the teacher asked in every step: 1 training pass and 1 forward pass of the teacher."""
-    with torch.no_grad():
-        logits = teacher(x)
-    return student_loss("kd", y, [student(x)], [logits], temperature=temperature, weight=weight)[0]
+from .losses import cross_entropy, distillation_kl
+from .method import Images, Needs, Passes, Step, Term
 
 
-def live_dad_loss(
-    student: nn.Module,
-    teacher: Teacher,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    dad: torch.Tensor,
-    *,
-    temperature: float,
-    weight: float,
-) -> torch.Tensor:
-    """DAD (eq. 9) as the authors' code trains it: stored images, but the teacher asked about both halves in every step.
+@recipe_dataclass
+class LiveKD:
+    """KD (paper, eq. 7)."""
 
-    With v DAD images ``dad`` for each clean one: 1 + v training passes and 1 + v forward passes of the teacher.
-    """
-    images = torch.cat([x, dad])
-    with torch.no_grad():
-        teacher_logits = teacher(images).split([len(x), len(dad)])
-    outputs = student(images).split([len(x), len(dad)])
-    return student_loss("dad", y, outputs, teacher_logits, temperature=temperature, weight=weight)[0]
+    name: Literal["kd_live"] = "kd_live"
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    """T."""
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """a, of the distillation term."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of the cross-entropy."""
+
+    title: ClassVar[str] = "knowledge distillation, live teacher"
+    needs: ClassVar[Needs] = Needs(models=frozenset({"teacher"}))
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(teacher=1)
+
+    def terms(self, step: Step) -> dict[str, Term]:
+        clean = step.images["clean"]
+        (soft,) = _asked(step, clean)
+        (output,) = step.student(clean.x)
+        return {
+            "ce": cross_entropy(output, clean, self.smoothing),
+            "kl_clean": self.weight * distillation_kl(output, soft, replace(clean, mixing=None), self.temperature),
+        }
+
+
+@recipe_dataclass
+class LiveDAD:
+    """DAD (paper, eq. 9) on stored images: the teacher is asked about clean and DAD images."""
+
+    name: Literal["dad_live"] = "dad_live"
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    """T, of both distillation terms."""
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """a, of both distillation terms."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of the cross-entropy."""
+
+    title: ClassVar[str] = "Discrete Adversarial Distillation, live teacher"
+    needs: ClassVar[Needs] = Needs(streams=("clean", "dad"), models=frozenset({"teacher"}))
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(train=2, teacher=2)
+
+    def terms(self, step: Step) -> dict[str, Term]:
+        clean, dad = step.images["clean"], step.images["dad"]
+        soft_clean, soft_dad = _asked(step, clean, dad)
+        on_clean, on_dad = step.student(clean.x, dad.x)
+        return {
+            "ce": cross_entropy(on_clean, clean, self.smoothing),
+            "kl_clean": self.weight
+            * distillation_kl(on_clean, soft_clean, replace(clean, mixing=None), self.temperature),
+            "kl_dad": self.weight * distillation_kl(on_dad, soft_dad, replace(dad, mixing=None), self.temperature),
+        }
+
+
+def _asked(step: Step, *groups: Images) -> tuple[torch.Tensor, ...]:
+    """The teacher's logits on the images of each group, from one call."""
+    logits: torch.Tensor = step.frozen["teacher"](torch.cat([images.x for images in groups]))
+    return logits.split([len(images) for images in groups])

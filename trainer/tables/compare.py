@@ -21,11 +21,9 @@ from .results import Result, with_reference
 def result_of(directory: StudentDir, data: Path) -> Result:
     info = directory.info()
     identity = dict(info.identity)
-    seed, objective = identity.pop("seed"), identity["loss.objective"]
+    seed, method = identity.pop("seed"), identity["method.name"]
     recipe = fingerprint([identity, info.shards])
-    return Result(
-        student=info.student, objective=objective, seed=seed, scores=evaluate_run(directory, data), recipe=recipe
-    )
+    return Result(student=info.student, method=method, seed=seed, scores=evaluate_run(directory, data), recipe=recipe)
 
 
 def find_runs(paths: Sequence[str]) -> list[StudentDir]:
@@ -68,7 +66,7 @@ def compare(paths: Sequence[str], data: Path, out: str) -> None:
             for name in names:
                 check_set(data / name, run.info().classes)
             result = result_of(run, data)
-            if (same := (result.student, result.objective, result.recipe, result.seed)) in results:
+            if (same := (result.student, result.method, result.recipe, result.seed)) in results:
                 raise UserError(
                     "a student of this recipe, shards and seed is in the table; as a second seed it would count twice"
                 )

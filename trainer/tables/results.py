@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..evaluation.score import Score
+from ..methods import rank_of
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "demo-table.json"  # a copy of what `make demo-table` wrote
-ORDER = ("plain", "kd", "dad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Result:
     """One student's scores."""
 
     student: str
-    objective: str
+    method: str
     seed: int
     scores: Mapping[str, Score]
     recipe: str = ""  # fingerprint of everything but the seed; only runs that share it are seeds of one thing
@@ -53,21 +53,20 @@ def summarize(results: Sequence[Result], name: str) -> Cell:
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by row of the table; students of one architecture stand together, plain before KD before DAD.
+    """Results by row of the table; students of one architecture stand together, methods in the registry's order.
 
     Seeds of one recipe share a row; students of other recipes or shards get rows of their own, marked by the recipe's fingerprint.
     """
     found: dict[str, list[Result]] = {}
-    known = {objective: i for i, objective in enumerate(ORDER)}
     recipes: dict[tuple[str, str], set[str]] = {}
     for result in results:
         if not result.reference:
-            recipes.setdefault((result.student, result.objective), set()).add(result.recipe)
-    for result in sorted(results, key=lambda r: (r.student, known.get(r.objective, 9), r.reference, r.recipe, r.seed)):
-        label = f"{result.student} {result.objective}"
+            recipes.setdefault((result.student, result.method), set()).add(result.recipe)
+    for result in sorted(results, key=lambda r: (r.student, rank_of(r.method), r.reference, r.recipe, r.seed)):
+        label = f"{result.student} {result.method}"
         if result.reference:
             label += " (reference)"
-        elif len(recipes[result.student, result.objective]) > 1:
+        elif len(recipes[result.student, result.method]) > 1:
             label += f" [{result.recipe[:6]}]"
         found.setdefault(label, []).append(result)
     return found
@@ -81,8 +80,8 @@ def set_names(results: Sequence[Result]) -> list[str]:
 
 
 def difference(results: Sequence[Result], better: str, worse: str, name: str) -> Cell:
-    """How far one objective stands above another on a set, paired by seed: mean and standard error of the differences."""
-    by_seed = {(r.objective, r.seed): r.scores[name].top1 for r in results}
+    """How far one method stands above another on a set, paired by seed: mean and standard error of the differences."""
+    by_seed = {(r.method, r.seed): r.scores[name].top1 for r in results}
     gaps = [
         by_seed[better, seed] - by_seed[worse, seed] for o, seed in by_seed if o == better and (worse, seed) in by_seed
     ]
@@ -94,7 +93,7 @@ def to_json(results: Sequence[Result]) -> str:
     rows = [
         {
             "student": r.student,
-            "objective": r.objective,
+            "method": r.method,
             "seed": r.seed,
             "scores": {name: asdict(score) for name, score in r.scores.items()},
         }
@@ -107,7 +106,7 @@ def from_json(text: str, *, reference: bool) -> list[Result]:
     return [
         Result(
             student=row["student"],
-            objective=row["objective"],
+            method=row.get("method") or row["objective"],  # tables made before methods had a name
             seed=row["seed"],
             scores={name: Score(**score) for name, score in row["scores"].items()},
             reference=reference,
@@ -117,13 +116,13 @@ def from_json(text: str, *, reference: bool) -> list[Result]:
 
 
 def with_reference(results: Sequence[Result]) -> list[Result]:
-    """Add the committed rows of the demo for every (student, objective) that these results compare with but do not hold.
+    """Add the committed rows of the demo for every (student, method) that these results compare with but do not hold.
 
     Only when the image sets are the same ones, by name and number of images.
     """
-    have = {(r.student, r.objective) for r in results}
+    have = {(r.student, r.method) for r in results}
     students = {r.student for r in results}
     sets = {name: score.images for result in results for name, score in result.scores.items()}
     known = from_json(REFERENCE.read_text(), reference=True) if REFERENCE.exists() else []
     comparable = [r for r in known if {name: score.images for name, score in r.scores.items()} == sets]
-    return [*results, *(r for r in comparable if r.student in students and (r.student, r.objective) not in have)]
+    return [*results, *(r for r in comparable if r.student in students and (r.student, r.method) not in have)]

@@ -1,0 +1,78 @@
+"""The frozen models of a run, for methods that ask them in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from manifests import RunInfo, UserError
+from manifests.recipe import make_recipe
+
+Frozen = Callable[[torch.Tensor], Any]
+
+
+def load_frozen(
+    info: RunInfo, names: Collection[str], device: torch.device, models: Mapping[str, Any] | None = None
+) -> dict[str, Frozen]:
+    """The models of a run that a method needs, on the device, without gradient: see `Step.frozen`.
+
+    models: what `Recipe.models` lays over run.json, where files lie elsewhere on this machine.
+    Raises UserError for a name without a model, or files that are not where run.json says.
+    """
+    loaders = {"teacher": (_teacher, without_gradient), "discretizer": (_discretizer, as_quantizer)}
+    tree = {name: {**info.recipe.get(name, {}), **(models or {}).get(name, {})} for name in loaders}
+    found: dict[str, Frozen] = {}
+    for name in sorted(names):
+        load, ask = loaders[name]
+        try:
+            model = load(replace(info, recipe={**info.recipe, **tree}))
+        except UserError as error:
+            raise UserError(
+                f"{error}; the method asks this model in every step: --set models.{name}.… says where it is"
+            ) from error
+        found[name] = ask(to_frozen(model, device))
+    return found
+
+
+def to_frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model in eval mode on the device, in the layout of training images."""
+    return model.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def without_gradient(teacher: nn.Module) -> Frozen:
+    """A teacher as a function: images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32."""
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = teacher(x.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+    return ask
+
+
+def as_quantizer(discretizer: nn.Module) -> Frozen:
+    """A discretizer as a function: images [B, 3, H, W] in [0, 1] -> (images float32, codes)."""
+
+    def ask(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            images, codes = discretizer(x.contiguous(memory_format=torch.channels_last))
+        return images.float(), codes
+
+    return ask
+
+
+def _teacher(info: RunInfo) -> nn.Module:
+    from pipeline.method.teacher import teacher_of_run
+
+    return teacher_of_run(info)
+
+
+def _discretizer(info: RunInfo) -> nn.Module:
+    from pipeline.method.discretizer import Discretizer, build_discretizer
+
+    settings: Discretizer = make_recipe(Discretizer, info.recipe["discretizer"], "run.json: discretizer")
+    return build_discretizer(settings)
