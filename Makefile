@@ -79,7 +79,7 @@ bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset an
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
 
 bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
-	@$(RUN) -m trainer.ledger.ledger.cost $(LEARN) $(ARGS)
+	@$(RUN) -m trainer.ledger.cost $(LEARN) $(ARGS)
 
 export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }

@@ -13,7 +13,7 @@ from manifests import Execution, Location, load_recipe, recipe_dataclass
 from manifests.recipe import Positive
 
 from .images.augmentation import Augmentation
-from .methods import BY_NAME, DAD, AnyMethod
+from .methods import BY_NAME, DAD, AnyMethod, Method
 from .optimizer import Optimizer
 from .recipes import FOLDER
 
@@ -97,6 +97,13 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(Recipe, name, FOLDER, overrides, adapt=partial(_switch_method, overrides=overrides))
 
 
+def with_shared_settings(name: str, method: Method) -> Method:
+    """The method of that name with its defaults and, of another method's settings, those that mean the same in both."""
+    kind = BY_NAME[name]
+    shared = [field for field in SHARED if hasattr(kind(), field) and hasattr(method, field)]
+    return kind(**{field: getattr(method, field) for field in shared})
+
+
 def _switch_method(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The recipe's tree with the settings of another method, where an override names one: only `SHARED` ones stay."""
     named = [value for field, _, value in (override.partition("=") for override in overrides) if field == "method.name"]
@@ -104,8 +111,7 @@ def _switch_method(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     if not named or not isinstance(old, dict):
         return tree
     new = str(yaml.safe_load(named[-1]))
-    if new == old.get("name", DAD().name) or new not in BY_NAME:
+    if new == old.get("name") or new not in BY_NAME:
         return tree
-    fields = BY_NAME[new].__dataclass_fields__  # type: ignore[attr-defined]
-    kept = {field: value for field, value in old.items() if field in SHARED and field in fields}
+    kept = {field: old[field] for field in SHARED if field in old and hasattr(BY_NAME[new](), field)}
     return tree | {"method": {"name": new} | kept}

@@ -229,6 +229,17 @@ def images_a_step(reader: TrainingReader) -> str:
     return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())
 
 
+def check_smallest_part(recipe: Recipe, reader: TrainingReader) -> None:
+    """Raises UserError when a part of a batch holds fewer clean images than the method needs."""
+    least, there = recipe.method.needs.smallest, _parts(recipe, reader)["clean"]
+    if there < least:
+        enough = least * distributed.world() * recipe.accumulate
+        raise UserError(
+            f"batch: {recipe.batch}: {recipe.method.name} needs {least} clean images at a time, and gets {there}; "
+            f"set it to {enough} or more, or lower accumulate"
+        )
+
+
 def _smallest_part(recipe: Recipe, reader: TrainingReader) -> int:
     """Images that the student sees at one time, at least."""
     parts = _parts(recipe, reader).values()
@@ -256,12 +267,7 @@ def _check(recipe: Recipe, reader: TrainingReader) -> None:
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
             "set augmentation.flip=0 and augmentation.crop=1, so that the student sees what the teacher saw"
         )
-    least = recipe.method.needs.smallest
-    if _parts(recipe, reader)["clean"] < least:
-        raise UserError(
-            f"batch: {recipe.method.name} needs {least} clean images in every part of a batch on every rank, this one holds "
-            f"{_parts(recipe, reader)['clean']}; raise batch, or lower accumulate"
-        )
+    check_smallest_part(recipe, reader)
     if recipe.accumulate > min(reader.samples.values()) // reader.steps // distributed.world():
         raise UserError(
             f"accumulate: {recipe.accumulate} parts of a batch of {images_a_step(reader)}; some would be empty: lower it, or raise batch"

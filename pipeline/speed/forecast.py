@@ -21,8 +21,9 @@ from shards.sources.classes import ClassList, find_classes
 from shards.tar import BLOCK
 from shards.views import soft_label_members
 
-from ..job.models import Models, build_discretizer, compile_models, join
+from ..job.models import Models, compile_models, join
 from ..job.prepare import Prepared, prepare_sample
+from ..method.discretizer import build_discretizer
 from ..method.teacher import RANDOM, load_teacher
 from ..recipe import Recipe
 from .batch_size import images_per_second, resolve_batch

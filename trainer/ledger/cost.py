@@ -1,4 +1,4 @@
-"""``python -m trainer.ledger.ledger.cost``: what DAD costs beside plain training, live teachers and adversarial training (paper, table 7)."""
+"""``python -m trainer.ledger.cost``: what DAD costs beside plain training, live teachers and adversarial training (paper, table 7)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from manifests.command import ProjectGroup, set_option
 from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
 
+from ..methods.frozen import as_quantizer, load_model, to_frozen, without_gradient
 from ..options import choice_options, chosen
 from ..recipe import Recipe, load
 from ..student import check_name
@@ -41,7 +42,7 @@ from .ledger import IGNORED, Models, measure, table, whole_bursts
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Measurements of each scheme; medians count.",
+    help="Measurements of each method; medians count.",
 )
 @set_option
 def main(
@@ -61,34 +62,28 @@ def main(
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     info = RunDir(settings.shards).info()
-    models = load_models(info, random, device)
+    models = load_models(settings, info, random, device)
     click.echo(_header(settings, info, random, device))
     steps = whole_bursts(steps, settings.workers)
     timings, generation = measure(settings, models, device, steps=steps, repeats=repeats)
-    click.echo(f"each scheme {repeats} times {steps} steps, in turn\n\n{table(timings, generation, settings.epochs)}")
+    counts = info.counts or {}
+    verified, rejected = counts.get("verified", 0), counts.get("rejected", 0)
+    ledger = table(timings, generation, settings, verified / (verified + rejected))
+    click.echo(f"each method {repeats} times {steps} steps, in turn\n\n{ledger}")
 
 
-def load_models(info: RunInfo, random: str | None, device: torch.device) -> Models:
+def load_models(recipe: Recipe, info: RunInfo, random: str | None, device: torch.device) -> Models:
     """The models that made a run, or untrained ones, which cost the same. Raises UserError when the run's are not where it says."""
-    from pipeline.method import attack, discretizer, teacher
+    from pipeline.method import attack, discretizer
 
-    phi: nn.Module
-    q: nn.Module
-    if random is not None:
-        phi, q = _untrained_teacher(random, len(info.classes)), discretizer.VQGAN(discretizer.VQGANConfig()).eval()
+    if random is None:
+        phi, q = (load_model(info, name, device, recipe.models) for name in ("teacher", "discretizer"))
     else:
-        phi = teacher.teacher_of_run(info)
-        asked = info.recipe["discretizer"]
-        q = discretizer.load_discretizer(
-            make_recipe(discretizer.VQGANConfig, asked["config"], "run.json"), asked["weights"], asked["kind"]
-        )
-    for model in (phi, q):
-        model.to(device).to(memory_format=torch.channels_last)
+        phi = to_frozen(_untrained_teacher(random, len(info.classes)), device)
+        q = to_frozen(discretizer.VQGAN(discretizer.VQGANConfig()), device)
+    frozen = {"teacher": without_gradient(phi), "discretizer": as_quantizer(q)}
     settings = make_recipe(attack.AttackSettings, info.recipe["attack"], "run.json")
-
-    def discretize(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images, codes = q(images.contiguous(memory_format=torch.channels_last))
-        return images.float(), codes
+    discretize = frozen["discretizer"]
 
     views, batch = info.recipe["views"]["count"], info.recipe["batch"]
 
@@ -102,7 +97,7 @@ def load_models(info: RunInfo, random: str | None, device: torch.device) -> Mode
                 for shown in asked_about:
                     phi(shown)
 
-    return Models(phi, discretize, generate)
+    return Models(frozen, generate)
 
 
 def _untrained_teacher(name: str, classes: int) -> nn.Module:
@@ -129,4 +124,4 @@ def _header(recipe: Recipe, info: RunInfo, random: str | None, device: torch.dev
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m trainer.ledger.ledger.cost")
+    main(prog_name="python -m trainer.ledger.cost")

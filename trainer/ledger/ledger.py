@@ -1,4 +1,4 @@
-"""The cost ledger (paper, table 7): what a clean image costs under every way of training, timed in turn with the same student and data."""
+"""The ledger: every method in turn, by the trainer's own step, with the same student and data."""
 
 from __future__ import annotations
 
@@ -10,32 +10,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
 
 from manifests import UserError
 from manifests.devices import use_bf16
 from manifests.progress import progress
-from shards import Batch, seeded_generator
+from shards import Batch
 from shards.codec import to_float
 
 from ..images.augmentation import Augment
 from ..loop import with_waits
 from ..memory import memory_errors
-from ..methods.advprop import advprop_loss, fast_advprop_loss
-from ..methods.at import adversarial_training_loss
-from ..methods.attacks import Quantizer, Teacher
-from ..methods.dat import dat_loss
-from ..methods.live import live_dad_loss, live_kd_loss
-from ..methods.losses import STREAMS, Objective
-from ..methods.norms import with_auxiliary_norms
+from ..methods import METHODS, Method
+from ..methods.advprop import AdvProp
+from ..methods.frozen import Frozen
+from ..methods.method import passes_of
+from ..methods.norms import add_norms
 from ..optimizer import create_optimizer
-from ..recipe import Recipe
-from ..run import open_reader
-from ..step import batch_loss, split_batch
+from ..recipe import Recipe, with_shared_settings
+from ..run import check_smallest_part, open_reader
+from ..step import Learner, train_step
 from ..student import create_student, to_device
+from ..tables.methods import passes_in_words
 
-# Table 7 gives Fast AdvProp as 3: its three passes are those of AdvProp with one step. Decoupled, as published, it takes fewer.
-PAPER = {"AT-10": 11.0, "AdvProp-5": 7.0, "AdvProp-1": 3.0, "DAT-1": 3.5, "DAD from shards": 2.0}
 IGNORED = (
     "pretrained",
     "drop_path",
@@ -43,159 +39,119 @@ IGNORED = (
     "ema",
     "compile",
     "sync_bn",
-)  # fields of the recipe that are left out of all schemes alike
+)  # fields that are left out of all methods alike
 STUDENTS = (1, 2, 5, 10)  # that share one set of shards
 
 
 @dataclass(frozen=True)
 class Models:
-    """The frozen models of stage 1, on the device."""
+    """The models of stage 1, on the device."""
 
-    teacher: Teacher
-    discretizer: Quantizer
+    frozen: Mapping[str, Frozen]  # what methods ask in every step
     generate: Callable[[torch.Tensor, torch.Tensor], None]  # all that stage 1 computes for clean images and labels
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Line:
     """One line of the ledger."""
 
     name: str
-    objective: Objective  # decides which streams are read
-    loss: Callable[
-        [Batch, Mapping[str, int]], torch.Tensor
-    ]  # of a part of a batch with so many samples of each stream; parts add up
+    method: Method
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One measurement of one scheme."""
+    """One measurement of one line."""
 
     seconds: float  # per clean image, loading included
     waiting: float  # share of it spent waiting for data; an upper bound on a GPU, which computes meanwhile
 
 
-def schemes(
-    recipe: Recipe, student: nn.Module, auxiliary: nn.Module, models: Models, device: torch.device
-) -> list[Scheme]:
-    """Every line of the ledger, plain training first."""
-    temperature, weight = recipe.loss.temperature, recipe.loss.weight
-    mixing = seeded_generator("cost", recipe.seed)
-    generator = torch.Generator(device).manual_seed(
-        mixing.initial_seed()
-    )  # noise is made where it is used, not copied there
+def ledger_lines(recipe: Recipe) -> list[Line]:
+    """Every method with its defaults and, where it has them, the recipe's temperature, weight and smoothing; plain training first.
 
-    def stored(name: str, objective: Objective) -> Scheme:
-        settings = replace(recipe, loss=replace(recipe.loss, objective=objective))
-        return Scheme(
-            name, objective, lambda part, totals: batch_loss(student, part, settings, totals, mixing, device)[0]
-        )
-
-    def live(name: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Scheme:
-        def share(part: Batch, totals: Mapping[str, int]) -> torch.Tensor:
-            x, y = images_of(part, "clean", device), part["clean"].labels.to(device, non_blocking=True)
-            return loss(x, y) * (len(y) / totals["clean"])
-
-        return Scheme(name, "plain", share)
-
-    def live_dad(part: Batch, totals: Mapping[str, int]) -> torch.Tensor:
-        clean, dad = (images_of(part, stream, device) for stream in ("clean", "dad"))
-        y = part["clean"].labels.to(device, non_blocking=True)
-        loss = live_dad_loss(student, models.teacher, clean, y, dad, temperature=temperature, weight=weight)
-        return loss * (len(y) / totals["clean"])
-
-    return [
-        stored("plain", "plain"),
-        stored("KD from shards", "kd"),
-        stored("DAD from shards", "dad"),
-        live(
-            "KD, live teacher",
-            lambda x, y: live_kd_loss(student, models.teacher, x, y, temperature=temperature, weight=weight),
-        ),
-        Scheme("DAD, live teacher", "dad", live_dad),
-        live("AT-10", lambda x, y: adversarial_training_loss(student, x, y, generator)),
-        live("AdvProp-5", lambda x, y: advprop_loss(student, auxiliary, x, y, generator)),
-        live("AdvProp-1", lambda x, y: advprop_loss(student, auxiliary, x, y, generator, steps=1)),
-        live("Fast AdvProp-1", lambda x, y: fast_advprop_loss(student, auxiliary, x, y, generator)),
-        live("DAT-1", lambda x, y: dat_loss(student, models.discretizer, x, y, generator)),
-    ]
-
-
-def totals_of(batch: Batch) -> dict[str, int]:
-    """Samples of each stream in a batch."""
-    return {stream: len(half.keys) for stream, half in batch.items()}
+    AdvProp with one step stands beside AdvProp: the paper counts Fast AdvProp so.
+    """
+    methods = [with_shared_settings(method.name, recipe.method) for method in (kind() for kind in METHODS)]
+    lines = [Line(method.name, method) for method in methods]
+    place = next(number for number, line in enumerate(lines, 1) if isinstance(line.method, AdvProp))
+    return [*lines[:place], Line("advprop, 1 step", AdvProp(steps=1)), *lines[place:]]
 
 
 def images_of(batch: Batch, stream: str, device: torch.device) -> torch.Tensor:
-    """A half's images on the device, [B, 3, H, W] in [0, 1]."""
+    """A stream's images on the device, [B, 3, H, W] in [0, 1]."""
     return to_float(batch[stream].images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
 
 
 def measure(
     recipe: Recipe, models: Models, device: torch.device, *, steps: int, repeats: int
 ) -> tuple[dict[str, list[Timing]], list[float]]:
-    """Time all schemes in turn, ``repeats`` times over: their timings by name, and seconds per clean image of making the shards.
+    """Time all lines in turn, ``repeats`` times over: their timings by name, and seconds per clean image of making the shards.
 
-    Each measurement reads samples of its own epoch, and each turn begins with another scheme, so that none finds what another has
+    Each measurement reads samples of its own epoch, and each turn begins with another line, so that none finds what another has
     brought into memory. Raises UserError when the shards hold too few batches for one measurement.
     """
-    readers = {objective: open_reader(recipe, objective) for objective in STREAMS}
-    dataset, batches = readers["dad"].datasets["clean"], readers["dad"].steps
-    side = recipe.input or readers["dad"].canvas
-    warmup = 1 + readers["plain"].read_ahead(
+    lines = ledger_lines(recipe)
+    recipes = {line.name: replace(recipe, method=line.method) for line in lines}
+    readers = {line.name: open_reader(recipes[line.name]) for line in lines}
+    plain = readers[lines[0].name]
+    warmup = 1 + plain.read_ahead(
         recipe.workers
     )  # what the loader has read ahead must be used up, or it would seem free
-    if recipe.batch // recipe.accumulate < 10:
-        parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+    for name, reader in readers.items():
+        check_smallest_part(recipes[name], reader)
+    if plain.steps < warmup + steps:
         raise UserError(
-            f"batch: {recipe.batch}{parts}; Fast AdvProp's fifth would be a single image: set it to {10 * recipe.accumulate} or more"
-        )
-    if batches < warmup + steps:
-        raise UserError(
-            f"{recipe.shards}: {batches} batches, a measurement takes {warmup + steps}; lower batch or --steps"
+            f"{recipe.shards}: {plain.steps} batches, a measurement takes {warmup + steps}; lower batch or --steps"
         )
     torch.backends.cudnn.benchmark = True  # as in training
-    torch.manual_seed(recipe.seed)
-    student = to_device(create_student(recipe.student, len(dataset.classes), side), device).train()
-    auxiliary = with_auxiliary_norms(student)
-    optimizer = create_optimizer(nn.ModuleList([student, auxiliary]), recipe.optimizer)
-    augment, bf16 = Augment(recipe.augmentation, side), use_bf16(recipe.precision, device)
+    side, bf16 = recipe.input or plain.canvas, use_bf16(recipe.precision, device)
+    learners = {
+        sets: create_learner(recipe, len(plain.classes), side, sets, models, device, bf16=bf16)
+        for sets in sorted({line.method.needs.norms for line in lines})
+    }
+    augment = Augment(recipe.augmentation, side)
 
-    def update(scheme: Scheme, batch: Batch) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        for part in split_batch(batch, recipe.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = scheme.loss(part, totals_of(batch))
-            loss.backward()
-        if recipe.optimizer.clip is not None:
-            nn.utils.clip_grad_norm_(student.parameters(), recipe.optimizer.clip)
-        optimizer.step()
+    def update(line: Line, batch: Batch) -> None:
+        totals = {stream: len(some.keys) for stream, some in batch.items()}
+        learner = learners[line.method.needs.norms]
+        train_step(learner, batch, recipes[line.name], totals=totals, rate=recipe.optimizer.lr, step=0)
 
     def generate(batch: Batch) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             models.generate(images_of(batch, "clean", device), batch["clean"].labels.to(device))
 
-    lines = schemes(recipe, student, auxiliary, models, device)
-    timings: dict[str, list[Timing]] = {scheme.name: [] for scheme in lines}
+    timings: dict[str, list[Timing]] = {line.name: [] for line in lines}
     generation: list[float] = []
-    with memory_errors(), progress(repeats * (len(lines) + 1), "measuring", "scheme") as bar:
+    with memory_errors(), progress(repeats * (len(lines) + 1), "measuring", "method") as bar:
         for turn in range(repeats):
-            some = itertools.islice(readers["plain"].batches(turn), 3)
+            some = itertools.islice(plain.batches(turn), 3)
             generation.append(clock(some, generate, 1, device).seconds)  # first: if memory runs out, then here
             bar.update()
             for place in range(len(lines)):
-                scheme, epoch = lines[(turn + place) % len(lines)], turn * len(lines) + place
-                read = readers[scheme.objective].batches(
-                    epoch, workers=recipe.workers, transform=augment, pin=device.type == "cuda"
-                )
+                line, epoch = lines[(turn + place) % len(lines)], turn * len(lines) + place
+                pin = device.type == "cuda"
+                read = readers[line.name].batches(epoch, workers=recipe.workers, transform=augment, pin=pin)
                 some = itertools.islice(read, warmup + steps)
-                timings[scheme.name].append(clock(some, partial(update, scheme), warmup, device))
+                timings[line.name].append(clock(some, partial(update, line), warmup, device))
                 bar.update()
     return timings, generation
 
 
+def create_learner(
+    recipe: Recipe, classes: int, side: int, norms: int, models: Models, device: torch.device, *, bf16: bool
+) -> Learner:
+    """A fresh student with so many sets of batch norms, and its optimizer."""
+    torch.manual_seed(recipe.seed)
+    student = create_student(recipe.student, classes, side)
+    add_norms(student, norms)
+    to_device(student, device).train()
+    optimizer = create_optimizer(student.model, recipe.optimizer)
+    return Learner(student, student, optimizer, device, bf16, models.frozen)
+
+
 def whole_bursts(steps: int, workers: int) -> int:
-    """At least ``steps``, in whole rounds of the loader's workers and two of them: each round, all deliver at about the same time."""
+    """At least ``steps``, in whole rounds of the loader's workers and two of them: all of a round deliver at about the same time."""
     rounds = max(2, -(-steps // max(workers, 1)))
     return steps if workers < 2 else rounds * workers
 
@@ -221,13 +177,18 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def table(timings: dict[str, list[Timing]], generation: list[float], epochs: int) -> str:
+def table(timings: Mapping[str, list[Timing]], generation: list[float], recipe: Recipe, verified: float) -> str:
     """The ledger in Markdown. Ratios are to plain training of the same turn: their median [lowest, highest].
 
-    generation: seconds per clean image of making the shards; it is spread over ``epochs`` and over the students that share the shards.
+    generation: seconds per clean image of making the shards; it is spread over the recipe's epochs and over the students that share
+    the shards. verified: DAD images for each clean one, by which passes are counted.
     """
+    methods = {line.name: line.method for line in ledger_lines(recipe)}
     plain = [timing.seconds for timing in timings["plain"]]
-    lines = ["| scheme | ms per clean image | x plain | paper | waiting for data |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | ms per clean image | x plain | passes per clean image | paper | waiting for data |",
+        "|---|---|---|---|---|---|",
+    ]
     cost: dict[str, float] = {}
     for name, measured in timings.items():
         ratios = [timing.seconds / base for timing, base in zip(measured, plain, strict=True)]
@@ -235,16 +196,17 @@ def table(timings: dict[str, list[Timing]], generation: list[float], epochs: int
         per_image = 1000 * statistics.median(timing.seconds for timing in measured)
         waiting = statistics.median(timing.waiting for timing in measured)
         spread = f"{cost[name]:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        paper = f"{PAPER[name]:g}" if name in PAPER else ""
-        lines.append(f"| {name} | {per_image:.2f} | {spread} | {paper} | {waiting:.1%} |")
-    dad, live = cost["DAD from shards"], cost["DAD, live teacher"]
+        passes = passes_of(methods[name], verified)
+        paper = "" if passes.paper is None else f"{passes.paper:g}"
+        lines.append(f"| {name} | {per_image:.2f} | {spread} | {passes_in_words(passes)} | {paper} | {waiting:.1%} |")
+    dad, live, epochs = cost["dad"], cost["dad_live"], recipe.epochs
     making = statistics.median(made / base for made, base in zip(generation, plain, strict=True))
     once = f"{1000 * statistics.median(generation):.1f} ms per clean image, or {making:.2f} epochs of plain training"
     shared = ", ".join(f"{dad + making / epochs / students:.2f} with {students}" for students in STUDENTS)
     lines += [
         "",
-        "The paper counts Fast AdvProp as 3: its three passes are those of AdvProp-1. As published it takes fewer.",
-        f"DAD from shards: {dad:.2f} x plain (goal: 2.0), {dad / live:.2f} of the scheme with a live teacher.",
+        "The paper counts an attack pass like a training pass, all DAD images as verified, and Fast AdvProp as AdvProp with one step.",
+        f"DAD from shards: {dad:.2f} x plain (goal: 2.0), {dad / live:.2f} of DAD with a live teacher.",
         f"Making the shards, once: {once}.",
         f"DAD with its share of that, over {epochs} epochs, by the number of students that use the shards: {shared}.",
     ]

@@ -23,19 +23,19 @@ def load_frozen(
     models: what `Recipe.models` lays over run.json, where files lie elsewhere on this machine.
     Raises UserError for a name without a model, or files that are not where run.json says.
     """
-    loaders = {"teacher": (_teacher, without_gradient), "discretizer": (_discretizer, as_quantizer)}
-    tree = {name: {**info.recipe.get(name, {}), **(models or {}).get(name, {})} for name in loaders}
-    found: dict[str, Frozen] = {}
-    for name in sorted(names):
-        load, ask = loaders[name]
-        try:
-            model = load(replace(info, recipe={**info.recipe, **tree}))
-        except UserError as error:
-            raise UserError(
-                f"{error}; the method asks this model in every step: --set models.{name}.… says where it is"
-            ) from error
-        found[name] = ask(to_frozen(model, device))
-    return found
+    ask = {"teacher": without_gradient, "discretizer": as_quantizer}
+    return {name: ask[name](load_model(info, name, device, models or {})) for name in sorted(names)}
+
+
+def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[str, Any]) -> nn.Module:
+    """One model of a run, ``teacher`` or ``discretizer``, frozen on the device. Raises UserError as `load_frozen` does."""
+    load = {"teacher": _teacher, "discretizer": _discretizer}[name]
+    tree = {**info.recipe, name: {**info.recipe.get(name, {}), **models.get(name, {})}}
+    try:
+        return to_frozen(load(replace(info, recipe=tree)), device)
+    except UserError as error:
+        where = f"--set models.{name}.… says where it is on this machine"
+        raise UserError(f"{error} (this field is run.json's; {where})") from error
 
 
 def to_frozen(model: nn.Module, device: torch.device) -> nn.Module:

@@ -111,9 +111,12 @@ class Step:
 class Method(Protocol):
     """A frozen recipe dataclass; its fields are its settings: ``method: {name: dad, temperature: 4, weight: 0.5}``."""
 
-    name: Any
     title: ClassVar[str]
     needs: ClassVar[Needs]
+
+    @property
+    def name(self) -> str:
+        """The tag of the method in recipes: a field ``name: Literal["dad"] = "dad"``."""
 
     @property
     def passes(self) -> Passes:

@@ -29,7 +29,7 @@ def add_norms(model: nn.Module, sets: int) -> None:
         return
     for norm in [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]:
         further = nn.ModuleList(copy.deepcopy(norm) for _ in range(sets - 1))
-        norm.__class__ = _switched(type(norm))
+        norm.__class__ = _switched(type(norm))  # type: ignore[arg-type]
         norm.chosen = 0  # type: ignore[assignment]
         norm.add_module(AUXILIARY, further)
 
@@ -59,7 +59,8 @@ def _switched(kind: type[nn.Module]) -> Any:
     class Switched(kind):  # type: ignore[valid-type, misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.chosen:
-                x = self._modules[AUXILIARY][self.chosen - 1](x)
+                further: nn.ModuleList = getattr(self, AUXILIARY)
+                x = further[self.chosen - 1](x)
                 return x
             return super().forward(x)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..methods import METHODS, Method
+from ..methods import METHODS, Method, Passes
 
 
 def methods_table() -> str:
@@ -18,7 +18,7 @@ def methods_table() -> str:
 
 
 def _row(method: Method) -> tuple[str, ...]:
-    return method.name, method.title, _needs(method), passes_in_words(method), _paper(method)
+    return method.name, method.title, _needs(method), passes_in_words(method.passes), _paper(method)
 
 
 def _needs(method: Method) -> str:
@@ -29,16 +29,15 @@ def _needs(method: Method) -> str:
     return ", ".join(wanted + [f"{needs.norms} sets of batch norms"] * (needs.norms > 1))
 
 
-def passes_in_words(method: Method) -> str:
+def passes_in_words(passes: Passes) -> str:
     """For people: "2 training, 1 attack, 2 discretizer"."""
-    passes = method.passes
     counts = {
         "training": passes.train,
         "attack": passes.attack,
         "teacher": passes.teacher,
         "discretizer": passes.discretizer,
     }
-    return ", ".join(f"{count:g} {name}" for name, count in counts.items() if count)
+    return ", ".join(f"{count:.3g} {name}" for name, count in counts.items() if count)
 
 
 def _paper(method: Method) -> str:
