@@ -68,6 +68,8 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
     reader = open_reader(recipe, recipe.loss.objective)
+    for text in reader.notes() if distributed.is_first() else ():
+        note(text)
     _check(recipe, reader)
     torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
     info = reader.info
