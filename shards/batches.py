@@ -24,12 +24,12 @@ class StreamBatch:
     keys: list[str]
     images: torch.Tensor  # uint8 [B, 3, H, W] as stored (the view of this epoch), or what the transform made of it
     labels: torch.Tensor  # int64 [B]
-    logits: torch.Tensor  # float16 [B, classes], of this epoch's view; float32 where the run stores the top k only
-    partner: torch.Tensor | None = None  # [B, classes], as logits: the teacher's on the clean images of the same keys
-    more: torch.Tensor | None = None  # uint8 [copies - 1, B, 3, H, W]: the images again, augmented independently
+    logits: torch.Tensor  # float16 [B, classes], on this epoch's view; float32 where the run stores the top k only
+    partner: torch.Tensor | None = None  # as logits, on the clean images of the same keys
+    more: torch.Tensor | None = None  # uint8 [copies - 1, B, 3, H, W]: further augmented copies
 
     def pin_memory(self) -> StreamBatch:
-        """Copy to page-locked memory, from where a GPU copies while it computes; the loader calls this in a thread."""
+        """Copy to page-locked memory, from which a GPU copies while it computes; the loader calls this in a thread."""
         return StreamBatch(
             keys=self.keys,
             images=self.images.pin_memory(),
@@ -40,7 +40,7 @@ class StreamBatch:
         )
 
     def cut(self, part: int, parts: int) -> StreamBatch:
-        """Part number ``part`` of ``parts``, which differ by at most one sample. The part shares the memory of the whole."""
+        """Part ``part`` of ``parts``, which differ by at most one sample. The part shares the memory of the whole."""
         place = slice(*cut(0, len(self.keys), part, parts))
         return StreamBatch(
             keys=self.keys[place],
@@ -56,7 +56,7 @@ Batch = dict[str, StreamBatch]  # by stream name
 
 
 class BatchBuilder:
-    """Collects the samples of one `StreamBatch`; all pixels go straight to their place in one piece of memory.
+    """Collects the samples of one `StreamBatch`. Pixels are written straight to their place in one piece of memory.
 
     size: samples of the batch. copies: images of each sample.
     """
@@ -99,7 +99,7 @@ class BatchBuilder:
             self._partners.append(partner)
 
     def batch(self) -> StreamBatch:
-        """The batch of all samples. Images keep the order of decoded pixels: channels_last."""
+        """The batch of all samples. Images stay channels_last, as decoders deliver them."""
         images = self._images.permute(0, 1, 4, 2, 3)
         return StreamBatch(
             keys=self._keys,

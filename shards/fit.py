@@ -32,13 +32,13 @@ def poor_in_classes(dataset: ShardDataset, window: int) -> str | None:
     while 2 * classes_in_windows(dataset.shards, dataset.labels, window=enough)[0] < expected:
         enough *= 2
     return (
-        f"a window of {window} shards, from which batches are drawn, holds {found:.0f} classes; {expected:.0f} would be "
-        f"usual: the source seems sorted by class; raise window to {enough}, or shuffle the source and make the shards anew"
+        f"a window of {window} shards, from which batches are drawn, holds {found:.0f} classes; {expected:.0f} would "
+        f"be usual: the source seems sorted by class; raise window to {enough}, or make shards from a shuffled source"
     )
 
 
 def bytes_at_a_time(dataset: ShardDataset, window: int, orders: int = 1) -> int:
-    """Bytes of a stream's tars that workers may read at one time: for every order, three windows of the largest tars.
+    """Bytes of a stream's tars that workers may read at one time: for each order, three windows of the largest tars.
 
     A slow worker still reads the first window, others the second, a fast one asks for the third.
     orders: number of streams in whose order the tars are read; partners read clean tars in the DAD stream's order too.

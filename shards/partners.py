@@ -18,9 +18,9 @@ VERSION = 1  # of the files in the cache folder
 
 
 class Partners:
-    """The clean samples of the DAD stream's keys.
+    """The clean sample of each DAD sample.
 
-    dad, clean: the two streams of one run. Raises UserError naming the run and the key of a DAD sample without a clean one.
+    dad, clean: the two streams of one run. Raises UserError naming run and key of a DAD sample without a clean one.
     """
 
     def __init__(self, dad: ShardDataset, clean: ShardDataset) -> None:
@@ -33,17 +33,16 @@ class Partners:
         return Partners, (self.dad, self.clean)  # a loader worker that is not forked maps the rows itself
 
     def logits(self, index: int, sample: StoredSample) -> np.ndarray:
-        """The teacher's logits on the clean image of DAD sample ``index``: [classes], or [views, classes] of the same views.
+        """The teacher's logits on the clean image of DAD sample ``index``: [classes], or [views, classes].
 
-        Reads one sample without decoding its image. Raises UserError as `ShardDataset.read` does, and for another key or other views.
+        Reads one sample without decoding its image. Raises UserError as `ShardDataset.read` does, and when the clean
+        sample has another key or other views.
         """
         clean = self.clean.read(int(self.rows[index]))
         if clean.key != sample.key:
             raise UserError(f"{sample.where}: {clean.where} stands in its clean sample's place; make the run anew")
-        none = np.empty(0)
-        if not np.array_equal(
-            none if clean.views is None else clean.views, none if sample.views is None else sample.views
-        ):
+        boxes = [None if views is None else views.tolist() for views in (clean.views, sample.views)]
+        if boxes[0] != boxes[1]:
             raise UserError(f"{sample.where}: its views are not those of {clean.where}; make the run anew")
         return clean.logits
 
@@ -51,13 +50,13 @@ class Partners:
 def partner_rows(run: RunDir, info: RunInfo) -> np.ndarray:
     """Place in the clean stream of each DAD sample's clean sample, int32 [dad samples].
 
-    A row of the manifest is one source sample, so the row joins the two. Raises UserError naming run and key where it has no clean one.
+    A row of the manifest is one source sample, so the row joins the two.
+    Raises UserError naming run and key of a DAD sample without a clean one.
     """
     table, _ = run.manifest(["key", "clean_offset", "dad_offset"], info)
     clean, dad = (pc.is_valid(table.column(f"{stream}_offset")).to_numpy() for stream in ("clean", "dad"))
     if (alone := np.flatnonzero(dad & ~clean)).size:
         key = table.column("key")[int(alone[0])].as_py()
-        raise UserError(
-            f"{run}: {key} has a dad sample and no clean sample; make the run anew, or train without partners"
-        )
+        mend = "make the run anew, or choose a method without partners"
+        raise UserError(f"{run}: {key} has a dad sample and no clean sample; {mend}")
     return (np.cumsum(clean, dtype=np.int32) - 1)[dad]

@@ -34,14 +34,16 @@ READ_AHEAD = 4 * 2**30  # bytes of images that the loader of a rank keeps ready,
 class TrainingReader:
     """Reads the streams of a run so that they end together.
 
-    batch_size: clean images of one global batch. Every other stream adds its proportional share, which differs by at most one.
+    batch_size: clean images of one global batch. Every other stream adds its proportional share; shares differ by at
+        most one image.
     images, temperature: as for `ShardDataset`; the images are those of the clean stream.
-    cache_gb: most that remote tars may take on the local disk, in GiB.
-    side: pixels of the images that a transform will make, for the memory that may be read ahead; None: as stored.
-    partners: beside each DAD sample the teacher's logits on its clean image; both images of a pair are augmented alike.
+    cache_gb: disk space that remote tars may take on this machine, in GiB.
+    side: pixels of the images that a transform makes; the reader estimates memory by it. None: as stored.
+    partners: deliver, beside each DAD sample, the teacher's logits on its clean image. Both images of a pair are
+        augmented alike.
     copies: independently augmented copies of each clean image.
-    Raises UserError when a stream has too few samples for one batch, the cache cannot hold what is read at one time, or a DAD sample
-    lacks its partner.
+    Raises UserError when a stream has too few samples for one batch, when the cache cannot hold what workers read at
+    one time, or when a DAD sample lacks its partner.
     """
 
     def __init__(
@@ -115,38 +117,38 @@ class TrainingReader:
         return 1
 
     def __getstate__(self) -> dict[str, Any]:
-        # a loader worker that is not forked plans for itself, which is faster than sending it the plan
+        # a loader worker that is not forked makes the plan itself; sending it would take longer
         return self.__dict__ | {"_plans": {}}
 
     def notes(self) -> list[str]:
-        """Remarks for the user that stop nothing, one line each: batches far poorer in classes than shuffled samples."""
+        """Notes for the user, one line each, as of batches that hold far fewer classes than shuffled samples would."""
         why = poor_in_classes(next(iter(self.datasets.values())), self.window)
         return [f"{self.url}: {why}"] if why else []
 
     def check(self, *, content: bool = True) -> None:
         """Make sure that every tar is whole before the first step. Raises UserError naming the file.
 
-        Every rank reads its share of them. Tars of a remote run are compared as they are fetched; here only their sizes are.
+        Every rank checks its share. For a remote run only sizes are compared; content is compared after fetching a tar.
         """
         for dataset in self._all_datasets():
             dataset.check(content=content and dataset.cache is None, part=self.rank, parts=self.world)
 
     def span(self, stream: str, step: int) -> tuple[int, int]:
-        """Where global batch ``step`` begins and ends in the planned order of a stream."""
+        """(begin, end) of global batch ``step`` in the planned order of a stream."""
         return cut(0, self.samples[stream], step, self.steps)
 
     def sizes(self, step: int) -> dict[str, int]:
-        """Samples of each stream in global batch ``step``, those of all ranks."""
+        """Samples of each stream in global batch ``step``, all ranks together."""
         spans = {stream: self.span(stream, step) for stream in self.datasets}
         return {stream: end - begin for stream, (begin, end) in spans.items()}
 
     def indices(self, stream: str, epoch: int, step: int) -> np.ndarray:
-        """Which samples of a stream this rank reads in global batch ``step``."""
+        """Samples of a stream that this rank reads in global batch ``step``, int64 [its part of the batch]."""
         begin, end = cut(*self.span(stream, step), self.rank, self.world)
         return self.plan(stream, epoch).order[begin:end]
 
     def plan(self, stream: str, epoch: int) -> EpochPlan:
-        """The order of a stream in an epoch; only the last one asked for is kept."""
+        """The order of a stream in an epoch. Only the latest plan of each stream stays in memory."""
         if self._plans.get(stream, (-1,))[0] != epoch:
             shards = self.datasets[stream].shards
             plan = plan_epoch(shards, seed=self.seed, epoch=epoch, window=self.window, stream=stream)
@@ -158,13 +160,13 @@ class TrainingReader:
     ) -> Iterator[Batch]:
         """The batches of an epoch from global batch ``start`` on; the same whatever the number of workers.
 
-        ``transform(images uint8 [1, 3, H, W], generator)`` runs in the workers, on one copy of one sample at a time, with a generator
-        seeded by (seed, epoch, stream, key): what it makes of a sample does not depend on the batch, the workers or the ranks.
+        ``transform(images uint8 [1, 3, H, W], generator)`` runs in the workers, on one copy of one sample at a time.
+        Its generator is seeded by (seed, epoch, stream, key), so that batch, workers and ranks change nothing.
         Further copies add their number to the seed; with partners, the seed leaves the stream out.
         pin: deliver batches in page-locked memory, for a GPU.
         """
         with warnings.catch_warnings():
-            # otherwise torch warns of more workers than cores, in every epoch
+            # torch would warn of more workers than cores in every epoch
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader: DataLoader[Any] = DataLoader(
                 _EpochBatches(self, epoch, transform),
@@ -185,10 +187,10 @@ class TrainingReader:
             yield batch
 
     def read_ahead(self, workers: int) -> int:
-        """Batches that the loader keeps ready: four a worker, or fewer where these would fill the memory; at least one a worker."""
+        """Batches that the loader keeps ready: four per worker, fewer if memory is short, at least one per worker."""
         side = self.side or self.canvas
-        images = sum(samples * self.copies_of(stream) for stream, samples in self.samples.items()) // self.steps
-        batch = 3 * side**2 * images // self.world  # bytes
+        images = sum(samples * self.copies_of(stream) for stream, samples in self.samples.items())  # of an epoch
+        batch = 3 * side**2 * images // self.steps // self.world  # bytes
         return workers * min(4, max(1, READ_AHEAD // max(batch * workers, 1)))
 
     def copies_of(self, stream: str) -> int:
@@ -196,7 +198,7 @@ class TrainingReader:
         return self.copies if stream == "clean" else 1
 
     def generator(self, epoch: int, stream: str, key: str, number: int) -> torch.Generator:
-        """The random numbers of one copy of a sample. Without a partner, no two images share theirs."""
+        """The generator for one copy of a sample. With partners, both images of a pair get the same numbers."""
         name = () if self.partners else (stream,)
         return seeded_generator(self.seed, epoch, *name, key, *((number,) if number else ()))
 
@@ -205,18 +207,18 @@ class TrainingReader:
         return [*self.datasets.values(), *beside]
 
     def _bytes_at_a_time(self) -> int:
-        orders = {stream: 1 for stream in self.datasets}
+        orders = dict.fromkeys(self.datasets, 1)
         if self.partners:
-            orders["clean"] = orders.get("clean", 0) + 1  # read in the order of the DAD stream too
+            orders["clean"] = orders.get("clean", 0) + 1  # partners are read in the DAD stream's order
         return sum(bytes_at_a_time(each, self.window, orders[each.stream]) for each in self._all_datasets())
 
 
 class _EpochBatches(Dataset[Any]):
     def __init__(self, reader: TrainingReader, epoch: int, transform: Transform | None) -> None:
         self.reader, self.epoch, self.transform = reader, epoch, transform
-        self._near = dict.fromkeys(reader.datasets, -1)  # the last window whose tars were asked for
+        self._near = dict.fromkeys(reader.datasets, -1)  # last window whose tars this worker asked for
         for stream in reader.datasets:
-            reader.plan(stream, epoch)  # once here, not in every forked worker
+            reader.plan(stream, epoch)  # here, once; forked workers share it
 
     def __len__(self) -> int:
         return self.reader.steps
@@ -228,10 +230,10 @@ class _EpochBatches(Dataset[Any]):
         except OSError as error:
             return UserError(f"{self.reader.url}: cannot read: {error}")
         except UserError as error:
-            return error  # raised in a worker it would reach the user wrapped in a stack trace
+            return error  # torch would wrap an exception of a worker in a stack trace
 
     def _read_ahead(self, step: int) -> None:
-        """Ask for the tars of the window that this step is in, and of the next; each worker for its share."""
+        """Fetch the tars of this step's window and of the next, each worker its share."""
         worker = get_worker_info()
         share = slice(worker.id, None, worker.num_workers) if worker else slice(None)
         for stream, dataset in self.reader.datasets.items():
@@ -265,7 +267,7 @@ class _EpochBatches(Dataset[Any]):
         if self.transform is None:
             return pixels
         if number + 1 < self.reader.copies_of(stream):
-            pixels = pixels.copy()  # a transform may work in place; the next copy starts from the same pixels
+            pixels = pixels.copy()  # a transform may work in place, and the next copy needs these pixels
         generator = self.reader.generator(self.epoch, stream, key, number)
         image = self.transform(torch.from_numpy(pixels).permute(2, 0, 1)[None], generator)
         return image[0].permute(1, 2, 0).numpy()
@@ -280,4 +282,4 @@ def _prefetch(datasets: list[ShardDataset], shards: list[int]) -> None:
             for dataset in datasets:
                 dataset.prefetch([shard])
     except (UserError, OSError):
-        return  # whoever reads the sample meets the same error, and names it
+        return  # reading the sample meets the same error, and reports it

@@ -1,4 +1,4 @@
-"""Partners: the teacher's logits on the clean image beside each DAD sample; copies of an image, augmented independently."""
+"""Partners: the teacher's logits on the clean image beside each DAD sample. Copies: images augmented several times."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def dice(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    return first is None and second is None or (first is not None and second is not None and torch.equal(first, second))
+    """Whether two tensors are equal, or both are missing."""
+    return second is None if first is None else second is not None and torch.equal(first, second)
 
 
 def same(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
@@ -78,9 +79,10 @@ def test_pairs_are_of_one_key(plain_run: Path) -> None:
 def test_the_dad_stream_alone_has_partners_too(plain_run: Path) -> None:
     """The clean stream is opened for them; the check before training covers its tars."""
     alone = reader(plain_run, 5, streams=("dad",))
-    partners = {
-        key: partner for batch in alone.batches(0) for key, partner in zip(batch["dad"].keys, batch["dad"].partner, strict=True)  # type: ignore[arg-type]
-    }  # fmt: skip
+    partners = {}
+    for batch in alone.batches(0):
+        assert batch["dad"].partner is not None
+        partners |= dict(zip(batch["dad"].keys, batch["dad"].partner, strict=True))
     clean = {sample.key: sample.logits for sample in ShardDataset(str(plain_run), "clean")}  # type: ignore[attr-defined]
     assert partners and all(torch.equal(partner, clean[key]) for key, partner in partners.items())
     assert [dataset.stream for dataset in alone._all_datasets()] == ["dad", "clean"]
@@ -102,7 +104,7 @@ def test_batches_without_partners_are_what_they_were(plain_run: Path) -> None:
 
 
 def test_both_images_of_a_pair_are_augmented_alike(plain_run: Path) -> None:
-    """Equal random numbers for x and x'' of a key within an epoch, others for other keys and epochs; without partners, none are equal."""
+    """x and x'' of a key draw equal numbers within an epoch. Other keys and epochs draw others."""
 
     def drawn(partners: bool, epoch: int) -> dict[str, dict[str, torch.Tensor]]:
         found: dict[str, dict[str, torch.Tensor]] = {"clean": {}, "dad": {}}
@@ -141,7 +143,7 @@ def test_ranks_share_pairs_and_copies(plain_run: Path) -> None:
     for whole, *parts in zip(alone, *ranks, strict=True):
         for stream, expected in whole.items():
             pieces = [part[stream] for part in parts]
-            assert sum((piece.keys for piece in pieces), []) == expected.keys
+            assert [key for piece in pieces for key in piece.keys] == expected.keys
             if expected.partner is not None:
                 assert torch.equal(torch.cat([piece.partner for piece in pieces]), expected.partner)  # type: ignore[misc]
             if expected.more is not None:
@@ -188,7 +190,8 @@ def lonely_run(out: Path) -> Path:
     """A sealed run of twelve samples; the fifth has a DAD image and no clean one."""
     run = RunDir(out)
     info = RunInfo(
-        recipe={"canvas": 8}, identity={}, fingerprints={"source": "x"}, classes=["a", "b"], shards=1, samples=12, versions={}
+        recipe={"canvas": 8}, identity={}, fingerprints={"source": "x"}, classes=["a", "b"],
+        shards=1, samples=12, versions={},
     )  # fmt: skip
     run.write_info(info)
     writers, rows = {"clean": TarWriter(), "dad": TarWriter()}, []
@@ -219,7 +222,7 @@ def test_a_dad_sample_without_a_clean_one_is_refused(tmp_path: Path) -> None:
 def test_a_far_run_with_a_small_cache(
     plain_run: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound counts the clean tars twice: in their own order and in the DAD stream's. At the bound, batches are those of a folder."""
+    """The bound counts clean tars twice: they are read in two orders. At the bound, batches equal those of a folder."""
     monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
     make_run("memory://partners/run")
     sizes: dict[str, list[int]] = {"clean": [], "dad": []}
@@ -239,7 +242,7 @@ def test_a_far_run_with_a_small_cache(
 def test_clean_tars_of_partners_are_read_ahead(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first batch the clean tars of the DAD stream's next window arrive in the cache, though no sample was asked for."""
+    """After the first batch, clean tars of the DAD stream's next window arrive before their samples are needed."""
     monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
     make_run("memory://partners/ahead")
     far = reader("memory://partners/ahead", 5, streams=("dad",), window=1)
@@ -256,7 +259,7 @@ def test_clean_tars_of_partners_are_read_ahead(
 
 
 def test_rows_are_mapped_and_not_sent(plain_run: Path) -> None:
-    """All workers share one file of places; what is sent to a worker that is not forked does not grow with the run."""
+    """All workers map one file. What a worker that is not forked receives does not grow with the run."""
     made = reader(plain_run)
     assert made.partners is not None and made.partners.rows.dtype == np.int32
     assert not made.partners.rows.flags.owndata and not made.partners.rows.flags.writeable
@@ -272,7 +275,7 @@ def test_rows_join_by_the_manifest(plain_run: Path) -> None:
 
 
 def test_copies(plain_run: Path) -> None:
-    """The first copy is what one copy gives, further ones have the numbers of their seed; fewer copies are the first of more."""
+    """The first copy is what ``copies=1`` gives; each further copy draws from the generator of its own seed."""
     one, three = (
         list(reader(plain_run, partners=False, copies=copies).batches(3, transform=dice)) for copies in (1, 3)
     )
@@ -300,7 +303,7 @@ def test_parts_of_a_batch(plain_run: Path) -> None:
     for stream, whole in batch.items():
         for parts in (1, 2, 3):
             cut = [whole.cut(part, parts) for part in range(parts)]
-            assert sum((part.keys for part in cut), []) == whole.keys
+            assert [key for part in cut for key in part.keys] == whole.keys
             assert max(len(part.keys) for part in cut) - min(len(part.keys) for part in cut) <= 1
             for name in FIELDS:
                 tensors = [getattr(part, name) for part in cut]
@@ -327,7 +330,7 @@ def test_what_no_stream_can_give(plain_run: Path, options: dict[str, object]) ->
 
 
 def test_read_ahead_counts_copies(plain_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the clean images take memory; the DAD images have none."""
+    """Copies of clean images take memory; DAD images have no copies."""
     one, five = (reader(plain_run, 12, copies=copies) for copies in (1, 5))
     clean, dad = (one.samples[stream] for stream in ("clean", "dad"))
     monkeypatch.setattr("shards.reader.READ_AHEAD", 4 * 3 * 8 * 8 * (clean + dad) // one.steps)
