@@ -11,9 +11,10 @@ Works without a GPU and without open_clip, taming or timm. For others to use:
 - `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages; `seeded_generator`: its random numbers, by what they are for.
 """
 
+from .batches import Batch, StreamBatch
 from .codec import ImageFormat, decode_image, encode_image
 from .dataset import LabelledImage, ShardDataset
-from .reader import Batch, StreamBatch, TrainingReader
+from .reader import TrainingReader
 from .seeds import seeded_generator
 from .tar import Extent, Sample, TarWriter, iterate_tar
 from .views import ViewSettings, draw_views, replay, soft_label_members, view_images

@@ -83,6 +83,8 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
     reader = open_reader(recipe)
+    for text in reader.notes() if distributed.is_first() else ():
+        note(text)
     _check(recipe, reader)
     torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
     info = reader.info
@@ -145,10 +147,13 @@ def prepare(recipe: Recipe, out: str) -> Training:
 
 def open_reader(recipe: Recipe) -> TrainingReader:
     """The streams that the recipe's method learns from, read as the recipe says."""
+    needs = recipe.method.needs
     return TrainingReader(
         recipe.shards,
         batch_size=recipe.batch,
-        streams=recipe.method.needs.streams,
+        streams=needs.streams,
+        partners=needs.partners,
+        copies=needs.copies,
         seed=recipe.seed,
         window=recipe.window,
         rank=distributed.rank(),

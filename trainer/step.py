@@ -123,17 +123,12 @@ def to_device(
         logits=sent(some.logits),
         stream=stream,  # type: ignore[arg-type]
         mixing=mixing,
+        partner=None if some.partner is None else sent(some.partner),
+        copies=() if some.more is None else tuple(mixed(pixels) for pixels in some.more),
     )
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
     """Cut every stream of a batch into ``parts`` parts that differ by at most one sample."""
     for part in range(parts):
-        yield {stream: cut(some, part, parts) for stream, some in batch.items()}
-
-
-def cut(some: StreamBatch, part: int, parts: int) -> StreamBatch:
-    place = slice(len(some.keys) * part // parts, len(some.keys) * (part + 1) // parts)
-    return StreamBatch(
-        keys=some.keys[place], images=some.images[place], labels=some.labels[place], logits=some.logits[place]
-    )
+        yield {stream: some.cut(part, parts) for stream, some in batch.items()}
