@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +21,7 @@ import yaml
 from typing_extensions import dataclass_transform
 
 from .errors import UserError, one_line
+from .files.locations import check_location
 
 R = TypeVar("R")
 Positive = Annotated[int, pydantic.Field(ge=1)]
@@ -30,6 +31,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 class Location:
     """Marks a field that says where something lies: its content has a fingerprint, so the path itself may change between runs."""
+
+
+class Locations:
+    """Marks a `Location` that names several at once, with braces and `::`; whoever expands it checks each of them."""
 
 
 class Execution:
@@ -83,13 +88,17 @@ def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str, overrides: Se
     """Validate a mapping as a recipe of class ``cls``; ``where`` names it in messages, but for fields that came from ``overrides``."""
     _refuse_unknown(cls, tree, where, "", overrides)
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(tree))
+        recipe = pydantic.TypeAdapter(cls).validate_python(dict(tree))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
         place = "--set " if _comes_from(field, overrides) else f"{where}: "
         raise UserError(f"{place}{field}: {first['msg'][0].lower()}{first['msg'][1:]}{got}") from error
+    for field, value in flatten(as_tree(recipe)).items():
+        if isinstance(value, str) and Location in _marks(cls, field):
+            check_location(value, f"{'--set ' if _comes_from(field, overrides) else f'{where}: '}{field}")
+    return recipe
 
 
 def as_tree(recipe: Any) -> dict[str, Any]:
@@ -191,9 +200,13 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 
 
 def _is_free(cls: Any, name: str) -> bool:
+    return not {Location, Locations, Execution}.isdisjoint(_marks(cls, name))
+
+
+def _marks(cls: Any, name: str) -> set[Any]:
+    """The marks of a field of a nested recipe, by its dotted name."""
     head, _, rest = name.partition(".")
     hint = typing.get_type_hints(cls, include_extras=True)[head]
     if rest and (child := _dataclass_in(hint)):
-        return _is_free(child, rest)
-    marks: Callable[[Any], bool] = lambda mark: mark in (Location, Execution)  # noqa: E731
-    return any(marks(argument) for argument in typing.get_args(hint))
+        return _marks(child, rest)
+    return {mark for mark in typing.get_args(hint) if mark in (Location, Locations, Execution)}
