@@ -21,6 +21,7 @@ import yaml
 from typing_extensions import dataclass_transform
 
 from .errors import UserError, one_line
+from .files.locations import check_location
 
 R = TypeVar("R")
 Positive = Annotated[int, pydantic.Field(ge=1)]
@@ -31,6 +32,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 class Location:
     """Marks a field that says where something lies: its content has a fingerprint, so the path itself may change between runs."""
+
+
+class Locations:
+    """Marks a `Location` that names several at once, with braces and `::`; whoever expands it checks each of them."""
 
 
 class Execution:
@@ -91,13 +96,17 @@ def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str, overrides: Se
     """Validate a mapping as a recipe of class ``cls``; ``where`` names it in messages, but for fields that came from ``overrides``."""
     _refuse_unknown(cls, tree, where, "", overrides)
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(tree))
+        recipe = pydantic.TypeAdapter(cls).validate_python(dict(tree))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
         place = "--set " if _comes_from(field, overrides) else f"{where}: "
         raise UserError(f"{place}{field}: {first['msg'][0].lower()}{first['msg'][1:]}{got}") from error
+    for field, value in flatten(as_tree(recipe)).items():
+        if isinstance(value, str) and Location in _marks(recipe, field):
+            check_location(value, f"{'--set ' if _comes_from(field, overrides) else f'{where}: '}{field}")
+    return recipe
 
 
 def as_tree(recipe: Any) -> dict[str, Any]:
@@ -213,10 +222,13 @@ def _member(members: Sequence[Any], value: Mapping[str, Any]) -> Any:
 
 
 def _is_free(recipe: Any, name: str) -> bool:
-    """Whether a field (``attack.eps``) of a recipe is marked as a `Location` or as `Execution`."""
+    return not {Location, Locations, Execution}.isdisjoint(_marks(recipe, name))
+
+
+def _marks(recipe: Any, name: str) -> set[Any]:
+    """The marks of a field of a nested recipe, by its dotted name."""
     head, _, rest = name.partition(".")
-    hint = typing.get_type_hints(type(recipe), include_extras=True)[head]
-    child = getattr(recipe, head)
-    if rest and dataclasses.is_dataclass(child):
-        return _is_free(child, rest)
-    return any(mark in (Location, Execution) for mark in typing.get_args(hint))
+    hint, value = typing.get_type_hints(type(recipe), include_extras=True)[head], getattr(recipe, head)
+    if rest and dataclasses.is_dataclass(value):
+        return _marks(value, rest)
+    return {mark for mark in typing.get_args(hint) if mark in (Location, Locations, Execution)}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from manifests import Execution, Location, RunDir, UserError, load_recipe, recipe_dataclass
-from manifests.recipe import apply_overrides, as_tree, make_recipe
+from manifests.recipe import Locations, apply_overrides, as_tree, make_recipe
 from manifests.rundir import RUN
 from shards import ImageFormat
 from shards.sources.classes import ClassList, find_classes
@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent / "recipes"
 class Source:
     """The labelled images to start from."""
 
-    data: Annotated[str, Location]
+    data: Annotated[str, Locations]
     """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; tars or Parquet files by name with braces
     (`train-{000000..001281}.tar`), several joined by `::`; or, on the command line only, `pipe:COMMAND` for each tar."""
     classes: Annotated[str, Location] = "imagenet-1k"

@@ -1,4 +1,4 @@
-"""The one place that opens paths and URLs: a directory of files, local or on anything fsspec knows (s3://, gs://, memory://).
+"""The one place that opens paths and URLs: a directory of files, local or on an object store (s3://, gs://, http:// …).
 
 A file appears under its final name only when complete: locally by temporary name, fsync and rename; on an object store by
 one PUT (or a multipart upload, which appears when it is completed). What a store says is never taken from a cache: other
@@ -26,6 +26,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import Unreachable, Unwritable, UserError, one_line
+from .locations import check_location
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again
@@ -37,10 +38,13 @@ HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
 
 class Store:
-    """A directory of files under a local path or an fsspec URL. Names are relative, with ``/`` between parts."""
+    """A directory of files under a local path or a URL of `locations.PROTOCOLS`. Names are relative, with ``/`` between parts.
+
+    Raises UserError for a chained URL, another protocol, or one whose package is not installed.
+    """
 
     def __init__(self, url: str | Path) -> None:
-        self.url = _TRAILING_SLASHES.sub("", str(url))
+        self.url = _TRAILING_SLASHES.sub("", check_location(str(url)))
         try:
             fs, self.root = _open(self.url, os.getpid())
         except (ImportError, ValueError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from manifests import Store, UserError
+from manifests.files.locations import check_location
 
 PIPE = "pipe:"
 
@@ -23,6 +24,9 @@ def expand(data: str) -> list[str]:
         urls = expand_urls(data)
     except ValueError as error:
         raise UserError(f"source.data: {data}: {error}; write ranges as {{000000..000127}}") from error
+    for url in urls:
+        if not url.startswith(PIPE):
+            check_location(url, "source.data")
     return [str(Path(url).expanduser()) if "://" not in url and not url.startswith(PIPE) else url for url in urls]
 
 

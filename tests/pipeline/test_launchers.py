@@ -241,6 +241,7 @@ class Guarded(MemoryFileSystem):  # type: ignore[misc]
 @pytest.mark.parametrize("kind", ["images", "tars"])
 def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:  # type: ignore[no-untyped-def]
     """A file of a folder becomes a row with status error, a tar a shard that failed; the rest is made. Only OUT ends a worker."""
+    monkeypatch.setenv("DAD_PROTOCOLS", "guarded")
     fsspec.register_implementation("guarded", Guarded, clobber=True)
     folder, url, out = getattr(world, kind), f"guarded://{tmp_path}", tmp_path / "run"
     for path in (path for path in folder.rglob("*") if path.is_file()):

@@ -68,8 +68,9 @@ class Meeting(MemoryFileSystem):
         return str(MemoryFileSystem._strip_protocol(path.removeprefix("meeting://")))
 
 
-def test_files_are_fetched_at_the_same_time_and_in_order() -> None:
+def test_files_are_fetched_at_the_same_time_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """An object store answers in tens of milliseconds: a piece asks for several files at once, and keeps their order."""
+    monkeypatch.setenv("DAD_PROTOCOLS", "meeting")
     fsspec.register_implementation("meeting", Meeting, clobber=True)
     memory = fsspec.filesystem("memory")
     for n in range(64):
