@@ -26,7 +26,7 @@ RENDITIONS := data/renditions
 .PHONY: help renditions shards status verify train compare eval export demo-table bench-generate bench-read bench-cost test chaos lint clean
 
 help: ## print this list
-	@echo "targets (variables: RECIPE DATA OUT LAUNCHER WORKERS STUDENT SHARDS OBJECTIVE SEED RUN_DIR EXPORT N ARGS):"
+	@echo "targets (variables: RECIPE DATA OUT LAUNCHER WORKERS STUDENT SHARDS METHOD SEED RUN_DIR EXPORT N ARGS):"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # .venv is whole when this file is there; setup.cfg decides what goes in.
@@ -42,14 +42,14 @@ $(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
 renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (train, val, renditions, sketches)
 
 # The demo composes its own images; any other recipe brings DATA.
-shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
+shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
 	@$(RUN) -m pipeline generate --recipe "$(or $(RECIPE),demo)" --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
 		$(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
-status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
+status: $(VENV)/ready ## say what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
 	@$(RUN) -m pipeline status "$(OUT)" $(ARGS)
 
-verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
+verify: $(VENV)/ready ## check every checksum, count and label of OUT; ask the teacher again about random samples
 	@$(RUN) -m pipeline verify "$(OUT)" $(ARGS)
 
 # The demo's students learn from the demo's shards and are validated on its images: make those first.
@@ -57,7 +57,7 @@ DEMO := $(if $(filter-out demo,$(RECIPE))$(filter-out data/demo data/demo/,$(SHA
 data/demo/manifest.parquet:
 	@$(MAKE) --no-print-directory shards RECIPE=demo OUT=data/demo DATA=
 
-train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS OBJECTIVE=plain|kd|dad SEED)
+train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS METHOD=plain|kd|dad|… SEED)
 	@$(RUN) -m trainer train $(LEARN) $(if $(OBJECTIVE),--objective $(OBJECTIVE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 compare: ## train plain, KD and DAD students with one seed, then eval
@@ -67,29 +67,29 @@ compare: ## train plain, KD and DAD students with one seed, then eval
 eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in runs/ on every image set, as a table and a picture
 	@$(RUN) -m trainer eval runs --data "$(or $(DATA),$(RENDITIONS))" $(ARGS)
 
-demo-table: $(VENV)/ready $(DEMO) ## 3 seeds of plain, KD and DAD (about an hour on two cores)
+demo-table: $(VENV)/ready $(DEMO) ## train 3 seeds of plain, KD and DAD (about an hour on two cores)
 	@$(RUN) -m trainer demo-table $(LEARN) $(ARGS)
 
-bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
+bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## measure images/s of stage 1 and where the time goes (RECIPE DATA)
 	@$(RUN) -m pipeline.speed.benchmark --recipe "$(or $(RECIPE),demo)" $(if $(DATA),--set source.data="$(DATA)") $(ARGS)
 
-bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
+bench-read: $(VENV)/ready ## measure this reader beside a bare loop, webdataset and ImageFolder
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
 
-bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
+bench-cost: $(VENV)/ready $(DEMO) ## measure what each method costs beside plain training (STUDENT SHARDS RECIPE)
 	@$(RUN) -m trainer.ledger.ledger.cost $(LEARN) $(ARGS)
 
-export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
+export: $(VENV)/ready ## write a student as a folder for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
 	@$(RUN) -m trainer export "$(RUN_DIR)" "$(or $(EXPORT),$(RUN_DIR)/export)" $(ARGS)
 
-test: $(VENV)/ready ## the test suite, in up to four processes
+test: $(VENV)/ready ## run the test suite, in up to four processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-chaos: $(VENV)/ready ## kill stage 1 N times at random moments, fill its disk, set its clock back; compare the bytes (N SEED)
+chaos: $(VENV)/ready ## kill stage 1 N times, fill its disk, set its clock back; compare the bytes (N SEED)
 	@$(RUN) -m tests.chaos --kills $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-lint: $(VENV)/ready ## ruff and mypy
+lint: $(VENV)/ready ## run ruff and mypy
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
 clean: ## remove .venv and caches; data/, runs/ and reports/ stay
