@@ -44,14 +44,14 @@ $(RENDITIONS)/sketch-unseen/done: | $(VENV)/ready
 renditions: $(RENDITIONS)/sketch-unseen/done ## compose the demo's image sets (train, val, renditions, sketches)
 
 # The demo composes its own images; any other recipe brings DATA.
-shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, verified adversarial shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
+shards: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images in, shards out (RECIPE DATA OUT LAUNCHER=local|slurm|ray WORKERS)
 	@$(RUN) -m pipeline generate --recipe "$(or $(RECIPE),demo)" --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(LAUNCHER),--launcher $(LAUNCHER)) \
 		$(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
-status: $(VENV)/ready ## what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
+status: $(VENV)/ready ## say what OUT holds: done, running, failed, missing, damaged (ARGS=--watch)
 	@$(RUN) -m pipeline status "$(OUT)" $(ARGS)
 
-verify: $(VENV)/ready ## every checksum, count and label of OUT; re-inference of random samples
+verify: $(VENV)/ready ## check every checksum, count and label of OUT; ask the teacher again about random samples
 	@$(RUN) -m pipeline verify "$(OUT)" $(ARGS)
 
 # The demo's students learn from the demo's shards and are validated on its images: make those first.
@@ -62,36 +62,36 @@ data/demo/manifest.parquet:
 train: $(VENV)/ready $(DEMO) ## shards in, a student out (STUDENT SHARDS METHOD=plain|kd|dad|dat|… SEED)
 	@$(RUN) -m trainer train $(LEARN) $(if $(METHOD),--method $(METHOD)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-compare: ## train plain, KD and DAD students with one seed, then eval
+compare: ## train a student by each of METHODS (plain kd dad) with one seed, then eval
 	@for method in $(METHODS); do $(MAKE) --no-print-directory train METHOD=$$method || exit; done
 	@$(MAKE) --no-print-directory eval
 
 eval: $(VENV)/ready $(RENDITIONS)/sketch-unseen/done ## score every student in runs/ on every image set, as a table and a picture
 	@$(RUN) -m trainer eval runs --data "$(or $(DATA),$(RENDITIONS))" $(ARGS)
 
-demo-table: $(VENV)/ready $(DEMO) ## 3 seeds of plain, KD and DAD (about an hour on two cores)
+demo-table: $(VENV)/ready $(DEMO) ## train 3 seeds of plain, KD and DAD (about an hour on two cores)
 	@$(RUN) -m trainer demo-table $(LEARN) $(ARGS)
 
-bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## images/s of stage 1 and where the time goes (RECIPE DATA)
+bench-generate: $(VENV)/ready $(if $(DATA),,$(RENDITIONS)/sketch-unseen/done) ## measure images/s of stage 1 and where the time goes (RECIPE DATA)
 	@$(RUN) -m pipeline.speed.benchmark --recipe "$(or $(RECIPE),demo)" $(if $(DATA),--set source.data="$(DATA)") $(ARGS)
 
-bench-read: $(VENV)/ready ## images/s of this reader, a bare loop, webdataset and ImageFolder; the plan of 1.28 M samples
+bench-read: $(VENV)/ready ## measure this reader beside a bare loop, webdataset and ImageFolder
 	@OMP_NUM_THREADS=1 $(RUN) -m shards bench $(ARGS)
 
-bench-cost: $(VENV)/ready $(DEMO) ## what DAD costs beside plain training, live teachers, AT, AdvProp and DAT (STUDENT SHARDS RECIPE)
+bench-cost: $(VENV)/ready $(DEMO) ## measure what each method costs beside plain training (STUDENT SHARDS RECIPE)
 	@$(RUN) -m trainer.ledger.cost $(LEARN) $(ARGS)
 
-export: $(VENV)/ready ## a student of runs/ as a directory for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
+export: $(VENV)/ready ## write a student as a folder for timm and the Hugging Face hub (RUN_DIR EXPORT; ARGS=--onnx)
 	@test -n "$(RUN_DIR)" || { echo "error: name the student, for example make export RUN_DIR=runs/resnet18-dad-s0" >&2; exit 2; }
 	@$(RUN) -m trainer export "$(RUN_DIR)" "$(or $(EXPORT),$(RUN_DIR)/export)" $(ARGS)
 
-test: $(VENV)/ready ## the test suite, in up to four processes
+test: $(VENV)/ready ## run the test suite, in up to four processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-chaos: $(VENV)/ready ## kill stage 1 N times at random moments, fill its disk, set its clock back; compare the bytes (N SEED)
+chaos: $(VENV)/ready ## kill stage 1 N times, fill its disk, set its clock back; compare the bytes (N SEED)
 	@$(RUN) -m tests.chaos --kills $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-lint: $(VENV)/ready ## ruff and mypy
+lint: $(VENV)/ready ## run ruff and mypy
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
 clean: ## remove .venv and caches; data/, runs/ and reports/ stay
