@@ -89,7 +89,7 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     """
     find_launcher(recipe.launch.launcher)  # refuses one that is not installed before anything is written
     job = prepare_job(recipe, out)
-    job.out.claim(job.info)
+    job.out.begin(job.info)
     job.out.store.remove_stale_temporaries()
     sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
     todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
@@ -226,7 +226,7 @@ def _sealed(job: Job) -> bool:
     except UserError as error:
         click.echo(f"sealing again: {error}", err=True)
         return False
-    rows, recorded = job.out.join(range(job.info.shards))
+    rows, recorded = job.out.read_parts(range(job.info.shards))
     if job.out.info().missing or tars != recorded or not table.equals(rows):
         click.echo(f"sealing again: {job.out}: shards were made after it was sealed", err=True)
         return False

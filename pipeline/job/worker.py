@@ -70,7 +70,7 @@ def work_through(
         def tell(shard: int, rows: list[Row]) -> None:
             report(rows)
             counts = pace.add(shard, rows)
-            claims.tell(
+            claims.update(
                 shard, samples=counts.total(), verified=counts["verified"], rejected=counts["rejected"], rate=pace.rate
             )
 

@@ -29,7 +29,7 @@ def write_run(out: Path, classes: int = CLASSES, *, clean_images: bool = True) -
         samples=SHARDS * PER_SHARD,
         versions={},
     )
-    run.claim(info)
+    run.begin(info)
     for shard in range(SHARDS):
         tars = {"clean": TarWriter(), "dad": TarWriter()}
         rows = []

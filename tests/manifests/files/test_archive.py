@@ -45,7 +45,7 @@ class Recipe:
 
 
 def lightning(path: Path, state: dict[str, torch.Tensor] = STATE, **extra: Any) -> Path:
-    """A checkpoint in Lightning's layout: callbacks keyed by their class, hyper-parameters as an object, optimizer states."""
+    """A checkpoint in Lightning's layout: callbacks keyed by class, hyper-parameters as an object, optimizer states."""
     gone = types.ModuleType("a_training_script")
     callback = type("ModelCheckpoint", (), {"__module__": gone.__name__})
     settings = type("Settings", (Recipe,), {"__module__": gone.__name__})
@@ -73,7 +73,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_a_lightning_checkpoint(tmp_path: Path) -> None:
-    """The state dict alone, to the bit: views, half precision, parameters, empty tensors; classes that cannot be imported do not matter."""
+    """The state dict comes out to the bit: views, half precision, parameters, empty tensors; no class is imported."""
     path = lightning(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=r"last\.ckpt: holds more than tensors .*convert-vqgan"):
         load_weights(path)
@@ -164,7 +164,7 @@ def test_traps_are_never_run(tmp_path: Path, way: str, place: str) -> None:
             torch.load(path, weights_only=False)
     finally:
         del sys.modules["a_training_script"]
-    assert target.exists()  # the trap works: what held it was the reader
+    assert target.exists()  # the trap works: it was the reader that held it
 
 
 def archive(path: Path, program: bytes, **files: bytes) -> Path:
@@ -307,7 +307,7 @@ def test_storages_of_another_size(tmp_path: Path) -> None:
 
 
 def test_any_flipped_bit(tmp_path: Path) -> None:
-    """A bit that flips anywhere gives the same tensors or a refusal, never other numbers and never another exception."""
+    """A flipped bit anywhere gives the same tensors or a refusal, never other numbers, never another exception."""
     path = lightning(tmp_path / "last.ckpt")
     data = bytearray(path.read_bytes())
     generator = torch.Generator().manual_seed(0)
