@@ -208,7 +208,7 @@ def _comes_from(field: str, overrides: Sequence[str]) -> bool:
 
 def _dataclasses_in(hint: Any) -> Iterator[Any]:
     """The dataclasses that a field may hold: itself, or the members of a union."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint
     for part in typing.get_args(hint):
         yield from _dataclasses_in(part)
