@@ -490,9 +490,7 @@ def test_labels_that_are_not_the_teachers_are_told(
         make_shards(world.load(f"source.data={source}", "attack.steps=0"), str(tmp_path / f"run{shift}"))
         said = [line for line in capsys.readouterr().err.splitlines() if "guessing" in line]
         assert len(said) == shift
-    assert said[0].startswith(
-        "note: on 0.0% of the clean images the teacher sees the label; guessing sees it on 20.0%."
-    )
+    assert said[0].startswith("note: the teacher sees the label on 0.0% of the clean images; guessing would on 20.0%.")
 
 
 def test_few_samples_raise_no_doubt_about_the_labels() -> None:
@@ -537,7 +535,7 @@ def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, caps
 
     (out / "gallery.png").unlink()
     tars = Path(shutil.copytree(world.tars, tmp_path / "tars"))
-    pieces = prepare_job(world.load(f"source.data={tars}"), str(tmp_path / "other")).plan.pieces
+    pieces = prepare_job(world.load(f"source.data={tars}"), str(tmp_path / "other")).source.pieces
     shutil.rmtree(tars)
     work_through(Work(recipe=recipe, out=str(out), run=job.info.fingerprint, todo=(), pieces=pieces), models=models)
     told = capsys.readouterr()

@@ -84,13 +84,13 @@ def test_running_shards(run_copy: Path) -> None:
 
 
 def test_silent_workers_do_not_count(run_copy: Path) -> None:
-    """A worker that has given no sign of life for long is called silent, and promises no speed; idle time is never part of a speed."""
+    """A worker without heartbeat for long is called silent and adds no speed; idle time is never part of a speed."""
     survey = Survey(unsealed(run_copy, 1))
     claim(run_copy, 1, samples=4, rate=0.5)
     hour_ago = time.time() - 3600
     os.utime(run_copy / "work" / "running-000001.json", (hour_ago, hour_ago))
     state = survey.look()
-    assert state.rate == 0 and any("no sign of life for 1:00:0" in line for line in status_lines("OUT", state))
+    assert state.rate == 0 and any("no heartbeat for 1:00:0" in line for line in status_lines("OUT", state))
     assert "nothing is running" in status_lines("OUT", state)[-1]
     claim(run_copy, 1, samples=5, rate=0.5, beat=2)
     os.utime(
