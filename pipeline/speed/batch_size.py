@@ -22,8 +22,8 @@ WORTH_IT = 1.03  # a larger batch must be faster by this factor
 def resolve_batch(recipe: Recipe, out: RunDir, models: Models | None) -> Recipe:
     """Replace ``batch: 0`` by a number: that of the run already in ``out``, or the best on this device.
 
-    models: None when the workers run elsewhere. Raises UserError when nothing says what fits there, or when not even one
-    image fits.
+    models: None when the workers run elsewhere. Raises UserError when nothing says what fits there, or when not even
+    one image fits.
     """
     if recipe.batch:
         return recipe

@@ -68,7 +68,7 @@ def test_precision_auto_is_settled_when_the_run_begins(
 def test_precision_auto_needs_the_device(world, finished_run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Workers elsewhere may have other hardware: a new run is refused with the fix, an existing run says its format."""
     recipe = world.load("precision=auto")
-    with pytest.raises(UserError, match="precision: auto depends on the device, .*; set it to bf16 or fp32"):
+    with pytest.raises(UserError, match=r"precision: auto depends on the device, .*; set it to bf16 or fp32"):
         resolve_precision(recipe, RunDir(tmp_path / "new"), None)
     assert resolve_precision(recipe, RunDir(finished_run), None).precision == "fp32"
     explicit = world.load("precision=bf16")
