@@ -1,9 +1,9 @@
 """Train the demo's teacher: a small CLIP, by image-text contrast with class names in random prompts.
 
 ``python -m pipeline.renditions train-teacher`` writes ``assets/teacher/open_clip_model.safetensors``. The loss
-contrasts every image with a prompt of each class, not only with the captions of its batch, because plain in-batch contrast learns
-too slowly at this scale. The reverse direction (prompt to the images of its class) is the usual CLIP term with several
-positives (UniCL, eq. 2-4).
+contrasts every image with a prompt of each class, not only with the captions of its batch, because plain in-batch
+contrast learns too slowly at this scale. The reverse direction (prompt to the images of its class) is the usual CLIP
+term with several positives (UniCL, eq. 2-4).
 """
 
 from __future__ import annotations
