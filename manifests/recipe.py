@@ -44,7 +44,7 @@ class Execution:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def recipe_dataclass(cls: type[R]) -> type[R]:
-    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields; keeps field docstrings."""
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields and keeps docstrings."""
     config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
 

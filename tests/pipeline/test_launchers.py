@@ -196,7 +196,7 @@ def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests
     assert "2 of 3 shards done, 1 missing, 0 damaged, 1 failed" in lines[0] and "failed: shard 1, 3 times" in lines[1]
 
     told = cli(*command, "--allow-missing")
-    assert told.status == 0 and "sealed without, as run.json records" in told.err
+    assert told.status == 0 and "sealed without them, as run.json records" in told.err
     assert (
         list(RunDir(out).info().missing or {}) == ["1"]
         and "IsADirectoryError" in json.loads((out / "run.json").read_text())["missing"]["1"]

@@ -77,7 +77,7 @@ def test_bpe_merges_the_most_frequent_pair_first() -> None:
 
 
 def test_teacher_and_discretizer_reach_their_aims(glyphs: Glyphs, demo: tuple[Recipe, Models]) -> None:
-    """Aims: 95 % on val, 85 % on seen and 65 % on unseen styles; at most 8 points lost on reconstructions (small samples here)."""
+    """Aims: 95 % on val, 85 % on seen, 65 % on unseen styles; reconstructions lose at most 8 points (small samples)."""
     _, models = demo
     right: dict[str, float] = {}
     for name, count in (("val", 300), ("rendition-seen", 200), ("rendition-unseen", 300)):

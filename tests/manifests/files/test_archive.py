@@ -223,8 +223,8 @@ def test_an_archive_changes_nothing_of_ours(tmp_path: Path, module_name: str) ->
     assert before == (archive_module._tensor.__name__, OrderedDict.__name__, str(torch.float32), os.path.__name__)
 
 
-class Claim:
-    """Four floats that claim to be a tensor of another shape."""
+class Forged:
+    """Four floats that are pickled as a tensor of another shape."""
 
     def __init__(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
         self.shape = (offset, size, stride)
@@ -252,11 +252,10 @@ def test_shapes_that_leave_their_storage(
     tmp_path: Path, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
     """A tensor that would read beside its storage, or grow to 64 GiB out of four numbers, is refused in one line."""
-    torch.save({"a": Claim(1, (3,), (1,)), "b": Claim(0, (2, 2), (1, 2))}, tmp_path / "good.pt")
-    assert_same(
-        read_tensors(tmp_path / "good.pt"), {"a": torch.tensor([1.0, 2, 3]), "b": torch.tensor([[0.0, 2], [1, 3]])}
-    )
-    torch.save({"a": Claim(offset, size, stride)}, tmp_path / "bad.pt")
+    torch.save({"a": Forged(1, (3,), (1,)), "b": Forged(0, (2, 2), (1, 2))}, tmp_path / "good.pt")
+    expected = {"a": torch.tensor([1.0, 2, 3]), "b": torch.tensor([[0.0, 2], [1, 3]])}
+    assert_same(read_tensors(tmp_path / "good.pt"), expected)
+    torch.save({"a": Forged(offset, size, stride)}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=r"bad\.pt: not a torch archive") as caught:
         read_tensors(tmp_path / "bad.pt")
     assert "\n" not in str(caught.value)
@@ -267,9 +266,8 @@ def test_damaged_archives(tmp_path: Path) -> None:
     whole = lightning(tmp_path / "whole.ckpt").read_bytes()
     files = {f"cut{share}.ckpt": whole[: len(whole) * share // 100] for share in (0, 1, 50, 90, 99)}
     place = whole.index(bytes(BASE.numpy().tobytes()))
-    files["flipped.ckpt"] = (
-        whole[: place + 9] + bytes([whole[place + 9] ^ 1]) + whole[place + 10 :]
-    )  # zip's checksum tells
+    # zip's checksum finds the flipped bit
+    files["flipped.ckpt"] = whole[: place + 9] + bytes([whole[place + 9] ^ 1]) + whole[place + 10 :]
     files["page.ckpt"] = b"<!doctype html>\n<p>404 not found"
     files["pickle.ckpt"] = pickle.dumps({"a": 1})
     buffer = io.BytesIO()
@@ -280,10 +278,8 @@ def test_damaged_archives(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     torch.save(dict(STATE), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     torch.save({"epoch": 3}, tmp_path / "nothing.ckpt")
-    with (
-        zipfile.ZipFile(tmp_path / "whole.ckpt") as old,
-        zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
+    packed = zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as old, packed:
         for name in old.namelist():
             packed.writestr(name, old.read(name))
     for name in (*files, "old.ckpt", "nothing.ckpt", "packed.ckpt", "missing.ckpt"):
