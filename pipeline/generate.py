@@ -1,4 +1,4 @@
-"""Stage 1 as one command: plan, make the missing shards, seal. Running it again does only what is missing."""
+"""Stage 1 as one command: cut the source, make the missing shards, seal. Running it again does only what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from manifests.notes import note
 from manifests.progress import progress
 from manifests.recipe import identity
 from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
-from shards.sources import SourcePlan, plan_source
+from shards.sources import ImageSource
 from shards.sources.classes import ClassList, find_classes
 
 from .card import dataset_card
@@ -29,7 +29,7 @@ from .job.models import Models, fingerprints, load_models
 from .job.worker import Work, unfinished, work_through
 from .launchers import find_launcher
 from .launchers.local import devices
-from .recipe import Recipe, as_published
+from .recipe import Recipe, as_published, source_of
 from .speed.batch_size import resolve_batch
 from .status import Survey
 
@@ -42,7 +42,7 @@ class Job:
 
     recipe: Recipe
     classes: ClassList
-    plan: SourcePlan
+    source: ImageSource
     models: Models | None  # None: workers load their own
     info: RunInfo
     out: RunDir
@@ -57,7 +57,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     run.check_place()
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
-    plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
+    source = source_of(recipe, classes)
     models = load_models(recipe, classes) if here else None
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
     models = models and replace(models, batch=recipe.batch)
@@ -65,13 +65,13 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
         recipe=as_published(recipe),
         identity=identity(recipe),
         fingerprints=fingerprints(recipe, classes, models)
-        | {"classes": classes_fingerprint, "source": plan.fingerprint},
+        | {"classes": classes_fingerprint, "source": source.fingerprint},
         classes=list(classes.names),
-        shards=len(plan.pieces),
-        samples=plan.samples,
+        shards=len(source.pieces),
+        samples=source.samples,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
-    return Job(recipe, classes, plan, models, info, run)
+    return Job(recipe, classes, source, models, info, run)
 
 
 def _on_first_device(recipe: Recipe, classes: ClassList, run: RunDir) -> Models | None:
@@ -95,14 +95,14 @@ def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> Non
     todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
     if todo:
         _record_versions(job)
-    work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
+    work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.source.pieces)
     missing: dict[int, str] = {}
     if todo or not job.out.store.exists(GALLERY):
         where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"
         click.echo(
-            f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}"
+            f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.source.samples:,} images in all, {where}"
         )
-        missing = _make_missing(job, work, sum(job.plan.pieces[shard].count for shard in sound))
+        missing = _make_missing(job, work, sum(job.source.pieces[shard].count for shard in sound))
     if missing and (not allow_missing or len(missing) == job.info.shards):
         raise UserError(
             _describe(
@@ -183,7 +183,7 @@ def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
 
 
 def _run_workers(job: Job, work: Work, done: int) -> None:
-    with progress(job.plan.samples, "generating", "img", initial=done) as bar:
+    with progress(job.source.samples, "generating", "img", initial=done) as bar:
 
         def show(counts: Mapping[str, int], samples: int) -> None:
             judged = counts["verified"] + counts["rejected"]

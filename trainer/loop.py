@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -17,6 +16,7 @@ from shards import Batch
 
 from .checkpoint import BEST, METRICS, Progress, StudentDir
 from .evaluation.score import BATCH, score_set
+from .evaluation.sets import image_set
 from .images.augmentation import Augment
 from .memory import memory_errors
 from .metrics import Log, Meter, to_csv
@@ -125,11 +125,10 @@ def end_epoch(run: Training, log: Log) -> None:
     better = True
     if recipe.validation is not None:
         distributed.share_buffers(run.result)
-        started, classes = time.monotonic(), len(run.reader.classes)
+        started = time.monotonic()
         score = score_set(
             run.result,
-            Path(recipe.validation),
-            classes,
+            image_set(recipe.validation, run.reader.classes),
             run.side,
             run.device,
             bf16=run.bf16,

@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
 from shards import ShardDataset
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Digests = Callable[[Path], dict[str, str]]
@@ -248,7 +248,7 @@ def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest
     job = prepare_job(world.load(f"source.data={url}"), str(out))
     job.out.claim(job.info)
     monkeypatch.setattr(Guarded, "refused", {"images": "img_020", "tars": "source-1.tar"}[kind])
-    work = Work(recipe=job.recipe, out=str(out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    work = Work(recipe=job.recipe, out=str(out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.source.pieces)
     work_through(work, models=job.models)
     reason = "the store refuses or cannot be reached (Forbidden)"
     if kind == "tars":
@@ -281,7 +281,7 @@ def test_a_batch_that_does_not_fit(world, models, tmp_path: Path) -> None:  # ty
     """One line that names the field to lower, in the record of the shard and as the last word of the worker."""
     job = prepare_job(world.load("launch.retries=1"), str(tmp_path / "run"))
     job.out.claim(job.info)
-    work = Work(recipe=job.recipe, out=str(job.out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    work = Work(recipe=job.recipe, out=str(job.out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.source.pieces)
     line = r"batch: 5 images do not fit into memory; lower batch \(which makes another run: choose another OUT\) \(.*can't allocate memory"
     with pytest.raises(UserError, match=f"2 shards in a row failed, the last with {line}") as caught:
         work_through(work, models=replace(models, teacher_model=Greedy()))
@@ -325,7 +325,7 @@ def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type:
 
 def test_what_failed_comes_last(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Workers begin at different places, each with the shards that failed least often."""
-    pieces = plan_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
+    pieces = find_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
     work, out = Work(recipe=world.load(), out=str(tmp_path), run="", todo=(0, 1, 2), pieces=pieces), RunDir(tmp_path)
     record_failure(out.store, 1, "once")
     for index, order in enumerate(([0, 2, 1], [2, 0, 1], [2, 0, 1])):
