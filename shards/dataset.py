@@ -59,7 +59,7 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, a local folder of the user's own image tars; they are joined by key.
+    images: for runs that store labels only, the user's own images (`OwnImages`), local or a URL; they are joined by key.
     temperature: which of the stored ones the logits are for, where the run stores the top k only. None: the first.
     cache: keeps remote tars on the local disk; without it, every sample is one ranged read.
     Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
@@ -83,7 +83,7 @@ class ShardDataset:
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
-        self.images = None if images is None else self._join(images)
+        self.images = None if images is None else self._own(images)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._remake, ()  # a loader worker that is not forked maps the index itself instead of being sent a copy
@@ -147,7 +147,7 @@ class ShardDataset:
         if self.images is not None:
             return self.images.pixels(index, self.side)
         raise UserError(
-            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
+            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your own (images), "
             "or make them anew with output.clean_images=true"
         )
 
@@ -159,7 +159,7 @@ class ShardDataset:
             )
         return side
 
-    def _join(self, images: str | Path) -> OwnImages:
+    def _own(self, images: str | Path) -> OwnImages:
         if len(self) and self.read(0).image is not None:
             raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
         if self.info.identity.get("source.keys") == "place":

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests import UserError, one_line
+from manifests.notes import note
 from shards.tar import clean_key
 
 from .classes import ClassList
@@ -38,7 +39,8 @@ IMAGES = ("image", "img", "jpg", "png")
 LABELS = ("label", "labels", "cls", "fine_label")
 ROWS = 32  # read at once
 BUFFER = 1 << 20  # bytes read at once, or a page where that is larger; without a buffer, all of a row group
-GROUPS = 8  # row groups that stay in memory for rows read at random; the Hub's hold about 100 images, 10 MB
+GROUPS = 2  # row groups that stay in memory for rows read at random; the Hub's hold about 100 images, 10 MB
+SLOW = 4 << 20  # bytes of a row group from which reading rows at random is slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +122,14 @@ def row_key(url: str, number: int, path: str | None, keys: KeyRule = "name") -> 
 
 
 def parquet_places(url: str) -> Iterator[tuple[str, Place]]:
-    """(key, place) of every row of a file; ``Place.offset`` is the number of the row."""
+    """(key, place) of every row of a file; ``Place.offset`` is the number of the row. A note says when reading rows is slow."""
     with open_file(url) as source:
-        paths = _paths(open_parquet(source, url), url)
+        file = open_parquet(source, url)
+        paths = _paths(file, url)
+        size = max((file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)), default=0)
+    if size > SLOW:
+        each = f"each image is read with its row group, of up to {size >> 20} MiB"
+        note(f"{url}: {each}; tars, class folders or smaller groups (row_group_size=1) are faster")
     for number, path in enumerate(paths):
         yield row_key(url, number, path), Place(url, number)
 

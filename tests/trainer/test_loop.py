@@ -108,7 +108,7 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
 def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> None:
     """A run of labels only, with the images in tars of the user's own: to the bit the student of the run that holds them."""
     labels_only = write_run(tmp_path / "labels", clean_images=False)
-    with pytest.raises(UserError, match="hold labels only, without images; name the folder of your own image tars"):
+    with pytest.raises(UserError, match="hold labels only, without images; name the folder or URL of your own"):
         train(recipe(labels_only, "epochs=1"), str(tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
     train(recipe(labels_only, "epochs=1", f"images={tiny_run / 'clean'}", "workers=1"), str(tmp_path / "joined"))
