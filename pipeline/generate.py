@@ -20,7 +20,7 @@ from manifests.notes import note
 from manifests.progress import progress
 from manifests.recipe import identity
 from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
-from shards.sources import SourcePlan, plan_source
+from shards.sources import ImageSource
 from shards.sources.classes import ClassList, find_classes
 
 from .card import dataset_card
@@ -29,7 +29,7 @@ from .job.models import Models, fingerprints, load_models, resolve_precision
 from .job.worker import Work, unfinished, work_through
 from .launchers import find_launcher
 from .launchers.local import devices
-from .recipe import Recipe, as_published
+from .recipe import Recipe, as_published, source_of
 from .speed.batch_size import resolve_batch
 from .status import Survey
 
@@ -42,7 +42,7 @@ class Job:
 
     recipe: Recipe
     classes: ClassList
-    source: SourcePlan
+    source: ImageSource
     models: Models | None  # None: workers load their own
     info: RunInfo
     out: RunDir
@@ -57,7 +57,7 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     run.check_place()
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
-    source = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
+    source = source_of(recipe, classes)
     recipe = resolve_precision(recipe, run, devices(recipe)[0] if recipe.launch.launcher == "local" else None)
     models = load_models(recipe, classes) if here else None
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))

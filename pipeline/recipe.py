@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from manifests import Execution, Location, RunDir, UserError, load_recipe, recip
 from manifests.recipe import Locations, apply_overrides, as_tree, make_recipe
 from manifests.rundir import RUN
 from shards import ImageFormat
+from shards.sources import ImageSource, NoSuchFile, find_source
 from shards.sources.classes import ClassList, find_classes
 from shards.sources.files import PIPE, expand, without_secrets
 from shards.views import ViewSettings
@@ -123,11 +125,28 @@ def as_published(recipe: Recipe) -> dict[str, Any]:
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by file or name and apply ``field=value`` overrides. Raises UserError."""
     recipe = load_recipe(Recipe, name, FOLDER, overrides)
-    commands = any(url.startswith(PIPE) for url in expand(recipe.source.data))
+    with _naming_the_source():
+        commands = any(url.startswith(PIPE) for url in expand(recipe.source.data))
     if commands and not any(override.startswith("source.data=") for override in overrides):
         fix = "give `pipe:` on the command line, with --data"
         raise UserError(f"{name}: source.data: a recipe is data and starts no commands; {fix}")
     return recipe
+
+
+def source_of(recipe: Recipe, classes: ClassList) -> ImageSource:
+    """The images that a recipe starts from. Raises UserError as `find_source` does, naming the field."""
+    with _naming_the_source():
+        return find_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
+
+
+@contextmanager
+def _naming_the_source() -> Iterator[None]:
+    try:
+        yield
+    except NoSuchFile as error:
+        raise UserError(f"source.data: {error}; set DATA=FOLDER (or --set source.data=FOLDER)") from error
+    except UserError as error:
+        raise type(error)(f"source.data: {error}") from error
 
 
 def recipe_of(run: RunDir, overrides: tuple[str, ...]) -> tuple[Recipe, ClassList]:

@@ -57,7 +57,7 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, a local folder of the user's own image tars; they are joined by key.
+    images: for runs that store labels only, the user's own images (`OwnImages`), local or a URL; they are joined by key.
     temperature: at which a student will use the logits, if the run stores the top k only. None: the first one stored.
     cache: holds remote tars on the local disk; without it, every sample is one ranged read.
     Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
@@ -81,7 +81,7 @@ class ShardDataset:
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
-        self.images = None if images is None else self._join(images)
+        self.images = None if images is None else self._own(images)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._remake, ()  # a loader worker that is not forked maps the index itself and receives no copy
@@ -145,7 +145,7 @@ class ShardDataset:
         if self.images is not None:
             return self.images.pixels(index, self.side)
         raise UserError(
-            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
+            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your own (images), "
             "or make them anew with output.clean_images=true"
         )
 
@@ -156,7 +156,7 @@ class ShardDataset:
             raise UserError(f"{self.run.store.where(RUN)}: {why}; restore it or make the run anew")
         return side
 
-    def _join(self, images: str | Path) -> OwnImages:
+    def _own(self, images: str | Path) -> OwnImages:
         if len(self) and self.read(0).image is not None:
             raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
         if self.info.identity.get("source.keys") == "place":

@@ -72,8 +72,8 @@ def train_discretizer(steps: int, batch: int, lr: float, adversarial_from: int, 
 
 
 @main.command()
-@click.option("--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path))
-def evaluate(data: Path) -> None:
+@click.option("--data", default="data/renditions", show_default=True, metavar="DIR")
+def evaluate(data: str) -> None:
     """Print the teacher's top-1 on every set, on the images and on their discretizations, as in the model card."""
     from .evaluate import evaluation_table
 

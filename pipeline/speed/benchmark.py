@@ -20,14 +20,14 @@ from PIL import Image
 from manifests import RunDir
 from manifests.command import ProjectGroup, set_option
 from shards import decode_image, encode_image
-from shards.sources import Piece, SourceSample, plan_source
+from shards.sources import Piece, SourceSample
 from shards.sources.classes import ClassList, find_classes
 from shards.sources.folder import FolderPiece
 
 from ..job.models import Models, load_models
 from ..job.prepare import prepare_sample
 from ..job.shard import run_shards
-from ..recipe import Recipe, load
+from ..recipe import Recipe, load, source_of
 from .batch_size import find_batch
 from .measure import TrialBatch, bare_calls, busy_share, count_flops, device_name, matrix_rate, model_parts, timed
 from .reference import reference_batch
@@ -89,7 +89,7 @@ def main(
         if weights == "random":
             piece: Piece = made_up_piece(Path(folder), min(images, 64), images)
         else:
-            source = plan_source(settings.source.data, classes, settings.source.shard_size, settings.source.keys)
+            source = source_of(settings, classes)
             piece = First(source.pieces[0], min(images, source.pieces[0].count))
         models = load_models(settings, classes)
         settings = replace(settings, batch=settings.batch or find_batch(settings, models))

@@ -16,7 +16,7 @@ from manifests.devices import choose_device, usable_cores
 from manifests.rundir import RUN
 from shards import encode_image
 from shards.codec import to_float, to_uint8
-from shards.sources import SourcePlan, plan_source
+from shards.sources import ImageSource
 from shards.sources.classes import ClassList, find_classes
 from shards.tar import BLOCK
 from shards.views import soft_label_members
@@ -25,7 +25,7 @@ from ..job.models import Models, compile_models, models_on_device, resolve_preci
 from ..job.prepare import Prepared, prepare_sample
 from ..method.discretizer import build_discretizer
 from ..method.teacher import RANDOM, load_teacher
-from ..recipe import Recipe
+from ..recipe import Recipe, source_of
 from .batch_size import images_per_second, resolve_batch
 from .measure import TrialBatch, count_flops, device_name, model_parts, timed
 
@@ -56,9 +56,7 @@ def forecast(recipe: Recipe, out: str) -> Forecast:
     classes = found.attempt(lambda: find_classes(recipe.source.classes)[0])
     source = None
     if classes is not None:
-        source = found.attempt(
-            lambda: plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
-        )
+        source = found.attempt(lambda: source_of(recipe, classes))
         found.lines.append(f"classes     {len(classes.names):,} ({recipe.source.classes})")
     if source is not None:
         images = f"{'' if source.exact else 'about '}{source.samples:,} images in {len(source.pieces):,} shards"
@@ -133,7 +131,7 @@ def _speed_lines(recipe: Recipe, models: Models, out: str, found: Forecast, stan
 
 
 def _source_lines(
-    recipe: Recipe, source: SourcePlan, classes: ClassList, models: Models | None, found: Forecast
+    recipe: Recipe, source: ImageSource, classes: ClassList, models: Models | None, found: Forecast
 ) -> Iterator[str]:
     samples = found.attempt(lambda: source.first_samples(classes, LOOKED_AT)) or []
     prepared: list[Prepared] = []

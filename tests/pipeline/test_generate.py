@@ -195,7 +195,7 @@ def test_the_gallery_never_stands_in_the_way(world, models, tmp_path: Path, caps
     shutil.rmtree(tars)
     work_through(Work(recipe=recipe, out=str(out), run=job.info.fingerprint, todo=(), pieces=pieces), models=models)
     told = capsys.readouterr()
-    assert f"note: {out}/gallery.png could not be drawn: source.data: {tars}/source-0.tar: no such file" in told.err
+    assert f"note: {out}/gallery.png could not be drawn: {tars}/source-0.tar: no such file" in told.err
     assert not (out / "gallery.png").exists() and not (out / "work").exists()
 
 

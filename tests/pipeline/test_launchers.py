@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
 from shards import ShardDataset
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Digests = Callable[[Path], dict[str, str]]
@@ -326,7 +326,7 @@ def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type:
 
 def test_what_failed_comes_last(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Workers begin at different places, each with the shards that failed least often."""
-    pieces = plan_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
+    pieces = find_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
     work, out = Work(recipe=world.load(), out=str(tmp_path), run="", todo=(0, 1, 2), pieces=pieces), RunDir(tmp_path)
     record_failure(out.store, 1, "once")
     for index, order in enumerate(([0, 2, 1], [2, 0, 1], [2, 0, 1])):

@@ -18,7 +18,7 @@ from pipeline.renditions.scene import TRAIN, Scenes, draw_scenes, render_scenes
 from pipeline.renditions.styles import CLASSES, CLEAN, STYLES, TEACHER, UNSEEN, display_name
 from shards import seeded_generator
 from shards.codec import to_float
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Glyphs = dict[str, dict[int, torch.Tensor]]
@@ -101,7 +101,7 @@ def test_demo_attack_keeps_between_half_and_most(tmp_path: Path, glyphs: Glyphs,
     recipe, models = demo
     compose(tmp_path / "world", ("rendition-3d",))
     classes = load_classes(TEACHER_DIR / "prompts.yaml")
-    piece = plan_source(str(tmp_path / "world" / "rendition-3d"), classes, 200).pieces[0]
+    piece = find_source(str(tmp_path / "world" / "rendition-3d"), classes, 200).pieces[0]
     rows = run_shard(
         0, replace(piece, count=200), recipe, classes, models, RunDir(tmp_path / "out"), "run", lambda rows: None
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from manifests import RunDir
 from pipeline.job.shard import run_shard
 from shards import decode_image
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Colours = list[tuple[int, ...]]
@@ -151,7 +151,7 @@ def shard(world, models, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     for kind, (data, _) in (KINDS | {"good": (JPEG, QUARTERS)}).items():
         (folder / "images" / "n09" / f"{kind}.JPEG").write_bytes(data)
     classes = load_classes(world.clip / "prompts.yaml")
-    (piece,) = plan_source(str(folder / "images"), classes, 100).pieces
+    (piece,) = find_source(str(folder / "images"), classes, 100).pieces
     rows = run_shard(0, piece, world.load(), classes, models, RunDir(folder / "run"), "run", lambda new: None)
     with tarfile.open(folder / "run" / "clean" / "clean-000000.tar") as tar:
         images = {m.name[4:-4]: tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}  # type: ignore[union-attr]

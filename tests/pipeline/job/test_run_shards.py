@@ -19,7 +19,7 @@ from manifests import RunDir, UserError
 from pipeline.job import batch
 from pipeline.job.models import Models, load_models
 from pipeline.job.shard import run_shard, run_shards
-from shards.sources import Piece, SourceSample, plan_source
+from shards.sources import Piece, SourceSample, find_source
 from shards.sources.classes import ClassList, load_classes
 
 Digests = Callable[[Path], dict[str, str]]
@@ -34,7 +34,7 @@ def classes(world) -> ClassList:  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="module")
 def pieces(world, classes: ClassList) -> list[Piece]:  # type: ignore[no-untyped-def]
     """Eight shards of five samples or fewer, of the world's tars."""
-    return list(plan_source(str(world.tars), classes, 5).pieces)
+    return list(find_source(str(world.tars), classes, 5).pieces)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_shard_that_fails_leaves_the_others_alone(  # type: ignore[no-untyped-
 def test_a_damaged_tar_between_good_ones(world, classes: ClassList, models: Models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A tar that is overwritten after it was indexed fails its shard by name; once mended, it gets its old bytes."""
     tars = Path(shutil.copytree(world.tars, tmp_path / "tars"))
-    work = list(enumerate(plan_source(str(tars), classes, 12).pieces))
+    work = list(enumerate(find_source(str(tars), classes, 12).pieces))
     whole = (tars / "source-1.tar").read_bytes()
     (tars / "source-1.tar").write_bytes(whole[: len(whole) // 2])
     outcomes = dict(
@@ -294,7 +294,7 @@ def test_compiled_models_give_the_same_verdicts(  # type: ignore[no-untyped-def]
     recipe = world.load("compile=true", "batch=12")
     compiled = load_models(recipe, classes)
     assert compiled.compiled is not None
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     rows = run_shard(0, piece, recipe, classes, compiled, RunDir(tmp_path), "run", lambda new: None)
     expected = {row["key"]: row for row in RunDir(finished_run).manifest()[0].to_pylist()}
     assert [row["status"] for row in rows] == [expected[row["key"]]["status"] for row in rows] and len(rows) == 12

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.job.prepare import prepare
 from pipeline.job.shard import run_shard
 from pipeline.method.attack import attack, draw_noise
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Members = dict[str, dict[str, bytes]]  # by key, then by extension
@@ -127,7 +127,7 @@ def again(world, models, key_filter) -> list[tuple[str, int, torch.Tensor, torch
     recipe = world.load()
     classes = load_classes(world.clip / "prompts.yaml")
     found = []
-    for piece in plan_source(str(world.tars), classes, 12).pieces:
+    for piece in find_source(str(world.tars), classes, 12).pieces:
         for sample in prepare(piece, recipe, classes):
             if sample.clean is None or not key_filter(sample.source.key):
                 continue
@@ -221,7 +221,7 @@ def run_one(world, models, out: Path, *overrides: str) -> list[dict[str, Any]]: 
 
     recipe = world.load(*overrides)
     classes = load_classes(world.clip / "prompts.yaml")
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     return run_shard(0, piece, recipe, classes, models, RunDir(out), "run", lambda rows: None)
 
 
@@ -257,7 +257,7 @@ def test_report_sees_every_row_once(world, models, tmp_path: Path) -> None:  # t
 
     recipe, classes = world.load(), load_classes(world.clip / "prompts.yaml")
     reported: list[list[str]] = []
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     rows = run_shard(
         0,
         piece,
@@ -280,7 +280,7 @@ def test_a_shard_of_bad_samples_only(world, models, tmp_path: Path) -> None:  # 
         (tmp_path / "images" / "n09").mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / "n09" / f"{n}.jpg").write_bytes(b"no image")
     recipe, classes = world.load(), load_classes(world.clip / "prompts.yaml")
-    piece = plan_source(str(tmp_path / "images"), classes, 12).pieces[0]
+    piece = find_source(str(tmp_path / "images"), classes, 12).pieces[0]
     rows = run_shard(0, piece, recipe, classes, models, RunDir(tmp_path / "run"), "run", lambda new: None)
     assert [row["status"] for row in rows] == ["error"] * 3 and all("unreadable" in row["reason"] for row in rows)
     assert read_stream(tmp_path / "run", "clean") == read_stream(tmp_path / "run", "dad") == {}

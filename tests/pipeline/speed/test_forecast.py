@@ -18,7 +18,7 @@ from pipeline.job.shard import run_shard
 from pipeline.speed import batch_size
 from pipeline.speed.batch_size import ON_CPU, resolve_batch
 from pipeline.speed.measure import TrialBatch, count_flops, covered, model_parts
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 
@@ -115,7 +115,7 @@ def test_the_job_makes_the_calls_that_are_counted(
         )
         for name, model in (("teacher", models.teacher_model), ("Q", models.discretizer_model))
     ]
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     rows = run_shard(0, piece, recipe, classes, models, RunDir(tmp_path), "run", lambda new: None)
     for hook in hooks:
         hook.remove()
