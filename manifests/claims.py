@@ -1,9 +1,10 @@
 """Who is making which shard: small advisory files below ``work/`` of a run directory, on any machine that sees it.
 
-They let several workers, and several commands on several machines, share the shards of a run without talking to each other, and
-let ``status`` say what is running and what failed. Nothing depends on them being right: two workers at one shard cost time, not
-correctness, for only a shard's part file says that it is done. No two clocks are ever compared: a claim is dead when its process
-is, or when its content has not changed for `SILENT` seconds of the observer's own monotonic clock.
+They let several workers and commands, on several machines, share the shards of a run without talking to each other, and
+they let ``status`` say what is running and what failed. Nothing depends on them being right: only a shard's part file
+says that it is done, so two workers at one shard cost time but never correctness. Two clocks are never compared: a
+claim is dead when its process is dead, or when its content has not changed for `SILENT` seconds of the observer's own
+monotonic clock.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from .files.store import HOST, Store, alive
 R = TypeVar("R")
 
 FOLDER = "work"
-BEAT = 5.0  # seconds between two signs of life
-SILENT = 60.0  # seconds without one, and others take over
+BEAT = 5.0  # seconds between two heartbeats
+SILENT = 60.0  # seconds without a heartbeat until others take over
 _NAME = re.compile(r"(?P<kind>running|failed)-(?P<shard>[0-9]{6,})\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A shard in the making, as its worker last told."""
+    """A shard in the making, as its worker last wrote it."""
 
     shard: int
     host: str
-    machine: str  # boot and process namespace: where `pid` means something
+    machine: str  # boot id and process namespace, in which `pid` is unique
     pid: int
-    worker: str  # drawn at random for each process: numbers of processes are used again
-    beat: int = 0  # counts signs of life
-    samples: int = 0  # of this shard, until now
+    worker: str  # drawn at random for each process, because process ids are used again
+    beat: int = 0  # number of heartbeats so far
+    samples: int = 0  # samples of this shard that are done
     verified: int = 0
     rejected: int = 0
-    rate: float = 0.0  # samples per second of this worker while it was making shards; 0: not known yet
+    rate: float = 0.0  # samples per second of this worker, waiting excluded; 0: not known yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Board:
-    """One look at the claims and failures of a run; their files are read only when asked for."""
+    """Which shards have a claim or a failure. The files' contents are read by `read_claim` and `read_failure`."""
 
     running: frozenset[int]
     failed: frozenset[int]
 
 
 def look(store: Store) -> Board:
-    """One listing. Files of other names are nobody's claims."""
+    """Read the board from one listing; ignores files of other names."""
     found = [match for name in store.names(FOLDER) if (match := _NAME.fullmatch(name))]
     kinds = {
         kind: frozenset(int(match["shard"]) for match in found if match["kind"] == kind)
@@ -80,12 +81,12 @@ def look(store: Store) -> Board:
 
 
 def read_claim(store: Store, shard: int) -> Claim | None:
-    """None when it is gone, or is no claim."""
+    """Read a claim; None when the file is gone or is no claim."""
     return _read(store, _file("running", shard), Claim)
 
 
 def claim_age(store: Store, shard: int) -> float:
-    """Seconds since a claim was last written, as far as the store's clock and this machine's agree; 0 when it is gone."""
+    """Seconds since a claim was last written, by the store's clock and this machine's; 0 when it is gone."""
     try:
         return max(time.time() - store.modified(_file("running", shard)), 0.0)
     except FileNotFoundError:
@@ -104,12 +105,12 @@ def record_failure(store: Store, shard: int, reason: str) -> None:
 
 
 def forget(store: Store, shard: int) -> None:
-    """Remove what was said about a shard's failures: it is done, or shall be tried anew."""
+    """Remove the record of a shard's failures, because it is done or is to be tried anew."""
     store.remove(_file("failed", shard))
 
 
 def clear(store: Store) -> None:
-    """Remove every claim and failure: the run is complete. A worker that was killed after its last file leaves its claim behind."""
+    """Remove every claim and failure of a complete run. A worker killed after its last file leaves its claim behind."""
     board = look(store)
     for kind, shards in (("running", board.running), ("failed", board.failed)):
         for shard in shards:
@@ -118,7 +119,7 @@ def clear(store: Store) -> None:
 
 
 class Claims:
-    """One worker's claims. As a context, it keeps giving signs of life and leaves no claim behind; a killed worker does."""
+    """One worker's claims. As a context it writes heartbeats, and releases all claims at the end."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -127,7 +128,7 @@ class Claims:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._seen: dict[int, tuple[Claim, float]] = {}  # claims of others, and when each was first seen as it is
+        self._seen: dict[int, tuple[Claim, float]] = {}  # claims of others, and when each last changed
 
     def __enter__(self) -> Claims:
         self._thread.start()
@@ -157,15 +158,15 @@ class Claims:
         return True
 
     def take_over(self, shard: int) -> bool:
-        """Claim a shard whose worker is dead, as far as can be told; that it died counts as a failed try.
+        """Claim a shard whose worker seems dead, and count that as a failed try.
 
-        False: it may live, or another worker was faster.
+        Returns False when the worker may be alive, or when another one was faster.
         """
         name = _file("running", shard)
         try:
-            told = self._store.read(name)
-            claim = _decode(told, Claim)
-            if (claim is not None and not self._is_dead(claim)) or self._store.read(name) != told:
+            content = self._store.read(name)
+            claim = _decode(content, Claim)
+            if (claim is not None and not self._is_dead(claim)) or self._store.read(name) != content:
                 return False
         except FileNotFoundError:
             return False
@@ -176,18 +177,18 @@ class Claims:
             record_failure(self._store, shard, f"its worker on {claim.host} (process {claim.pid}) died or fell silent")
         return True
 
-    def tell(self, shard: int, *, samples: int, verified: int, rejected: int, rate: float) -> None:
-        """What the next sign of life shall say."""
+    def update(self, shard: int, *, samples: int, verified: int, rejected: int, rate: float) -> None:
+        """Set what the next heartbeat will say."""
         with self._lock:
             if shard in self._mine:
-                told = dataclasses.replace(
+                self._mine[shard] = dataclasses.replace(
                     self._mine[shard], samples=samples, verified=verified, rejected=rejected, rate=rate
                 )
-                self._mine[shard] = told
 
     def release(self, shard: int) -> None:
         """Give a claim up, unless another worker has it by now."""
-        with self._lock, contextlib.suppress(OSError, UserError):  # out of reach: the claim is found silent
+        # if the store is out of reach, others find the claim silent and take it over
+        with self._lock, contextlib.suppress(OSError, UserError):
             self._mine.pop(shard, None)
             claim = read_claim(self._store, shard)
             if claim is not None and claim.worker == self._worker:
@@ -208,9 +209,8 @@ class Claims:
             with self._lock:
                 for shard, claim in self._mine.items():
                     self._mine[shard] = dataclasses.replace(claim, beat=claim.beat + 1)
-                    with contextlib.suppress(
-                        OSError, UserError
-                    ):  # what is wrong the shard's own writing tells; a missed beat is harmless
+                    # a missed heartbeat is harmless; if the store is broken, writing the shard will say so
+                    with contextlib.suppress(OSError, UserError):
                         self._store.write(_file("running", shard), _encode(self._mine[shard]))
 
 

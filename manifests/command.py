@@ -1,4 +1,4 @@
-"""What every command line of the project shares: user errors in one line, clean interruption, ``--debug`` for stack traces."""
+"""Shared by all command lines: user errors in one line, clean interruption, ``--debug`` for stack traces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAREWELL = "\ninterrupted; what was finished is kept, and the same command goes 
 
 
 class ProjectGroup(click.Group):
-    """A click group that prints a UserError as one line and exits with status 2; with ``--debug`` it shows the stack trace too."""
+    """A click group that prints a UserError as one line and exits with status 2; ``--debug`` adds the stack trace."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,15 +35,15 @@ class ProjectGroup(click.Group):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         arguments = list(sys.argv[1:] if args is None else args)
-        if "--debug" in arguments:  # wherever it stands, also after the command
+        if "--debug" in arguments:  # click takes it before the command only; users also write it behind
             arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
         try:
             status = super().main(arguments, prog_name, **(extra | {"standalone_mode": False}))
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())
             sys.exit(USER_ERROR)
-        except click.UsageError as error:  # in options that come before the command; click itself would take four lines
-            click.echo(f"error: {_told(error)}", err=True)
+        except click.UsageError as error:  # an option before the command is wrong; click itself would print four lines
+            click.echo(f"error: {_message(error)}", err=True)
             sys.exit(USER_ERROR)
         sys.exit(status if isinstance(status, int) else 0)
 
@@ -54,12 +54,12 @@ class ProjectGroup(click.Group):
         try:
             return super().invoke(ctx)
         except (UserError, click.UsageError, OSError) as error:
-            if isinstance(error, BrokenPipeError):  # the reader of a pipe (head, less) has left
+            if isinstance(error, BrokenPipeError):  # the reader of a pipe (head, less) has closed it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
             if debug:
                 traceback.print_exc()
-            click.echo(f"error: {_told(error)}", err=True)
+            click.echo(f"error: {_message(error)}", err=True)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt:
             if debug:
@@ -68,7 +68,7 @@ class ProjectGroup(click.Group):
             sys.exit(INTERRUPTED)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "the command"
         return f"{error.format_message().rstrip('.')}; see {command} --help"
@@ -79,11 +79,10 @@ def _told(error: Exception) -> str:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it now
+    signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
     while frame is not None:
-        if (
-            frame.f_code.co_filename == "<frozen importlib._bootstrap>"
-        ):  # some libraries abort when an exception meets their import
+        # some libraries abort when an exception interrupts their import
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             click.echo(FAREWELL, err=True)
             os._exit(INTERRUPTED)
         frame = frame.f_back
@@ -91,7 +90,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def as_overrides(named: Mapping[str, object]) -> list[str]:
-    """Options such as ``--student NAME`` as recipe overrides; None means not given. Quoted, so that no value is read as YAML."""
+    """Turn options such as ``--student NAME`` into overrides; None: not given. Quotes keep values from being YAML."""
     return [f"{field}={json.dumps(value)}" for field, value in named.items() if value is not None]
 
 
@@ -104,16 +103,22 @@ set_option = click.option(
 )
 
 
-def recipe_option_of(folder: Path, default: str | None = "demo", told: str | bool = True) -> Callable[[Any], Any]:
-    """The option ``--recipe``, whose help lists the recipes of a room's folder. told: the default as the help tells it."""
+def recipe_option_of(
+    folder: Path, default: str | None = "demo", shown_default: str | bool = True
+) -> Callable[[Any], Any]:
+    """A `--recipe` option whose help lists the recipes in `folder`. `shown_default`: default to show in the help."""
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     return click.option(
-        "--recipe", default=default, show_default=told, metavar="FILE|NAME", help=f"A YAML file, or one of: {names}."
+        "--recipe",
+        default=default,
+        show_default=shown_default,
+        metavar="FILE|NAME",
+        help=f"A YAML file, or one of: {names}.",
     )
 
 
 def add_recipe_command(group: click.Group, load: Callable[[str, Sequence[str]], Any]) -> None:
-    """Give a command line the command ``recipe``; ``load`` makes a recipe of a file or name and overrides."""
+    """Add the command ``recipe`` to a command line. load: makes a recipe from a file or name and overrides."""
 
     @group.command("recipe")
     @click.argument("recipe", metavar="FILE|NAME", default="demo")

@@ -1,4 +1,4 @@
-"""Notes to the user: what is worth knowing and stops nothing. One line each on standard error."""
+"""Notes to the user, one line each on standard error. A note stops nothing."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import click
 
 
 def note(text: str) -> None:
-    """Print ``note: TEXT`` on standard error. The text names the file or field that it speaks of."""
+    """Print ``note: TEXT`` on standard error. The text names the file or field that it is about."""
     click.echo(f"note: {text}", err=True)

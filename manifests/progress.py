@@ -1,4 +1,4 @@
-"""Progress bars with rate and ETA: lively on a terminal, one line every few seconds in a log file."""
+"""Progress bars with rate and ETA: redrawn on a terminal, one line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def progress(
 ) -> tqdm[Any]:
     """A tqdm bar on standard error.
 
-    initial: what earlier runs have done already; it does not count in the rate. quick: for what is mostly done in a moment: the bar
-    appears when it lasts, and does not stay.
+    initial: units that earlier runs have done; they do not count in the rate.
+    quick: for work that mostly takes a moment; the bar appears after 2 seconds and disappears at the end.
     """
     lively = sys.stderr.isatty()
     return tqdm(

@@ -1,6 +1,6 @@
-"""Recipes: one YAML file becomes one frozen dataclass tree; misspelt and ill-typed fields are refused with the nearest name.
+"""Recipes: one YAML file becomes one frozen dataclass tree; a misspelt field is refused with the nearest name.
 
-A recipe class is a `recipe_dataclass`; pydantic checks the types and bounds, this module turns its findings into one plain line.
+A recipe class is a `recipe_dataclass`. pydantic checks types and bounds; this module puts its findings into one line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 class Location:
-    """Marks a field that says where something lies: its content has a fingerprint, so the path itself may change between runs."""
+    """Marks a field that names a place. Its content has a fingerprint, so the path itself may change between runs."""
 
 
 class Locations:
@@ -39,12 +39,12 @@ class Locations:
 
 
 class Execution:
-    """Marks a field that says how to run (device, threads, limits) and does not change what comes out."""
+    """Marks a field that says how to run (device, threads, limits) and leaves the result as it is."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def recipe_dataclass(cls: type[R]) -> type[R]:
-    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields. Docstrings of fields are kept."""
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown fields and keeps docstrings."""
     config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[return-value]
 
@@ -59,7 +59,7 @@ def load_recipe(
     """Load a recipe by file or by name (``folder/NAME.yaml``) and apply ``field.sub=value`` overrides.
 
     adapt: changes the file's mapping before the overrides are applied.
-    Raises UserError, one line, for a missing file, broken YAML, an unknown field (with the nearest), or an ill-typed value.
+    Raises UserError for a missing file, broken YAML, an unknown field (with the nearest name) or an ill-typed value.
     """
     path = _find(name, folder)
     try:
@@ -72,9 +72,9 @@ def load_recipe(
 
 
 def find_file(name: str, field: str) -> Path:
-    """A path of a recipe: as given, else below the project's own folder (so that built-in recipes work from anywhere).
+    """Find a recipe's path: first as given, then below the project's folder, so that its recipes work from anywhere.
 
-    Raises UserError naming the recipe field when there is no such file or folder.
+    Raises UserError naming the recipe field when neither exists.
     """
     for path in (Path(name).expanduser(), PROJECT / name):
         if path.exists():
@@ -85,7 +85,7 @@ def find_file(name: str, field: str) -> Path:
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of a recipe's mapping with ``field.sub=value`` overrides; values are YAML. Raises UserError."""
+    """Copy a recipe's mapping and apply ``field.sub=value`` overrides; values are YAML. Raises UserError."""
     changed: dict[str, Any] = copy.deepcopy(dict(tree))
     for override in overrides:
         _set(changed, override)
@@ -93,7 +93,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 
 def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> R:
-    """Validate a mapping as a recipe of class ``cls``; ``where`` names it in messages, but for fields that came from ``overrides``."""
+    """Validate a mapping as `cls`. Errors name `where` (a file), or `--set` for fields that an override set."""
     _refuse_unknown(cls, tree, where, "", overrides)
     try:
         recipe = pydantic.TypeAdapter(cls).validate_python(dict(tree))
@@ -110,28 +110,28 @@ def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str, overrides: Se
 
 
 def as_tree(recipe: Any) -> dict[str, Any]:
-    """A recipe as nested plain dicts and lists, ready for JSON or YAML."""
+    """Turn a recipe into nested plain dicts and lists, ready for JSON or YAML."""
     tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
     return tree
 
 
 def identity(recipe: Any) -> dict[str, Any]:
-    """The fields that decide what comes out, flat (``attack.eps`` -> value): all but `Location` and `Execution` ones."""
+    """The fields that decide the result, flat (``attack.eps`` -> value): all but `Location` and `Execution` ones."""
     flat = flatten(as_tree(recipe))
     return {name: value for name, value in flat.items() if not _is_free(recipe, name)}
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """(field, its value in ``old``, in ``new``) of the first that differs between two identities; None when all agree.
+    """The first field that differs between two identities: (field, old value, new value); None when all agree.
 
-    A field that one of them does not have is None there.
+    A field that one of them lacks has the value None there.
     """
     names = {**old, **new}
     return next(((name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)), None)
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 (first 16 hex digits) of any JSON value."""
+    """First 16 hex digits of the sha256 of any JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,7 +146,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for messages: `` (did you mean 'eps'?)``, or the list of what is known when nothing is near."""
+    """The end of a message: ``; did you mean 'eps'?``, or the list of known names when none is near."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.55)
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
@@ -201,14 +201,14 @@ def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, 
 
 
 def _comes_from(field: str, overrides: Sequence[str]) -> bool:
-    """Whether one of them sets the field, the part of the tree that it is in, or a field below it; else it is the file's."""
+    """Whether an override set this field, one of its parents or one of its children; if not, it came from the file."""
     given = [f"{override.partition('=')[0].strip()}." for override in overrides]
     return any(f"{field}.".startswith(name) or name.startswith(f"{field}.") for name in given)
 
 
 def _dataclasses_in(hint: Any) -> Iterator[Any]:
     """The dataclasses that a field may hold: itself, or the members of a union."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint
     for part in typing.get_args(hint):
         yield from _dataclasses_in(part)

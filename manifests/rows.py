@@ -18,7 +18,7 @@ Status = Literal["verified", "rejected", "error"]
 
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()),  # of the sample in its tars
+        ("key", pa.string()),  # the sample's name in its tars
         ("shard", pa.int32()),
         ("label", pa.int32()),  # index into the class list; null when unreadable
         ("clean_pred", pa.int32()),  # teacher's top-1 on x, and its probability
@@ -26,16 +26,14 @@ SCHEMA = pa.schema(
         ("dad_pred", pa.int32()),  # teacher's top-1 on x'' as stored, and its probability
         ("dad_prob", pa.float32()),
         ("status", pa.string()),  # verified: in the DAD tar; rejected: teacher's top-1 on x'' is not the label; error
-        ("reason", pa.string()),  # why, for rejected and error
+        ("reason", pa.string()),  # why a sample is rejected or an error
         ("loss_clean", pa.float32()),  # teacher's cross-entropy against the label: on x,
         ("loss_attacked", pa.float32()),  # on the attacked image before the second discretization,
         ("loss_dad", pa.float32()),  # and on x'' as stored
         ("delta_l2", pa.float32()),  # L2 length of the perturbation, in pixels of [0, 1]
-        (
-            "codes_changed",
-            pa.float32(),
-        ),  # fraction of VQ codes that differ between Q(x) and x''; without an attack those of Q(Q(x)) do too
-        ("bytes", pa.int32()),  # of the stored x'' image; of rejected ones too
+        # fraction of VQ codes that differ between Q(x) and x''; above 0 even without an attack, as Q is not idempotent
+        ("codes_changed", pa.float32()),
+        ("bytes", pa.int32()),  # size of the x'' image as stored, even if rejected
         ("clean_offset", pa.int64()),  # first header byte of the sample in the clean tar, null when absent,
         ("clean_size", pa.int32()),  # bytes up to the end of its last member's padding,
         ("clean_crc32", pa.uint32()),  # and zlib.crc32 of that range
@@ -49,7 +47,7 @@ _META = b"dad"
 
 @dataclass(frozen=True, kw_only=True)
 class TarRecord:
-    """What the record says of one tar."""
+    """The record of one tar."""
 
     name: str  # relative to the run directory, e.g. "dad/dad-000003.tar"
     size: int  # bytes
@@ -59,7 +57,7 @@ class TarRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What a part file says of its shard, beside the rows."""
+    """The record of one shard in its part file, beside the rows."""
 
     shard: int
     source: str  # name of the piece of the source that the shard was made from
@@ -69,7 +67,7 @@ class PartRecord:
 
 
 def encode_rows(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
-    """Rows and metadata as the bytes of a Parquet file; the same input gives the same bytes."""
+    """Encode rows and metadata as a Parquet file; the same input gives the same bytes."""
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     return encode_table(table, meta)
 
@@ -88,15 +86,15 @@ def encode_part(rows: Sequence[Mapping[str, Any]], record: PartRecord) -> bytes:
 def decode_table(
     data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of a Parquet file of ours (or some of their columns) and its metadata.
+    """Decode the rows (all columns or some) and the metadata of a Parquet file that this module encoded.
 
-    Raises UserError naming ``where`` when it is damaged or foreign.
+    Raises UserError naming ``where`` when the file is damaged or of another kind.
     """
     try:
         table = pq.ParquetFile(_copy(data)).read(list(columns))
         meta = json.loads((table.schema.metadata or {})[_META])
         if not isinstance(meta, dict):
-            raise ValueError("its metadata are no mapping")
+            raise ValueError("its metadata is no mapping")
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(f"{where}: damaged, or not a manifest of this project ({one_line(error)})") from error
     missing = [name for name in columns if name not in table.schema.names]
@@ -109,7 +107,7 @@ def decode_table(
 
 
 def decode_tars(meta: Mapping[str, Any], where: str) -> list[TarRecord]:
-    """The records of the tars that a sealed manifest's metadata describe. Raises UserError naming ``where`` and the field."""
+    """The tars' records in a sealed manifest's metadata. Raises UserError naming ``where`` and the field."""
     try:
         return pydantic.TypeAdapter(list[TarRecord]).validate_python(meta.get("tars"))
     except pydantic.ValidationError as error:
@@ -131,7 +129,7 @@ def decode_part(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.n
 
 
 def _copy(data: bytes) -> pa.Buffer:
-    """In Arrow's own memory. What is Python's, Arrow's threads hold a little longer, and a process that ends meanwhile is aborted."""
+    """Copy into Arrow-owned memory: if Arrow's threads still hold Python-owned bytes at exit, the process aborts."""
     sink = pa.BufferOutputStream()
     sink.write(data)
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""A run directory: where its files lie, what is done, and sealing.
+"""A run directory: its files, which shards are done, and sealing.
 
 A shard is done exactly when its part file exists and the tars it names have that size and sha256.
 """
@@ -27,18 +27,11 @@ MANIFEST = "manifest.parquet"
 RUN = "run.json"
 CARD = "README.md"
 GALLERY = "gallery.png"
-CONTENTS = (
-    "clean",
-    "dad",
-    "manifest",
-    "work",
-    MANIFEST,
-    CARD,
-    GALLERY,
-)  # of a run directory, beside run.json, which comes first
+# everything a run directory may hold, besides run.json, which is written first
+CONTENTS = ("clean", "dad", "manifest", "work", MANIFEST, CARD, GALLERY)
 TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 PART_NAME = re.compile(r"part-([0-9]{6,})\.parquet")
-FORMAT = 1  # of the run directory; readers refuse others
+FORMAT = 1  # version of the run directory's layout; readers refuse others
 
 
 def part_name(shard: int) -> str:
@@ -52,25 +45,23 @@ def tar_name(stream: str, shard: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """``run.json``: what was asked for, by whom it was made, what came out."""
+    """``run.json``: the recipe, the models and versions that made the run, and the counts."""
 
     recipe: dict[str, Any]
     identity: dict[str, Any]  # the recipe's fields that decide the bytes, flat
     fingerprints: dict[str, str]  # teacher, discretizer, classes, source
     classes: list[str]
     shards: int
-    samples: int  # as planned; once sealed, the rows of manifest.parquet
-    versions: dict[str, str]  # of the packages that made it; of one that changed in between: "2.6.0 and 2.7.1"
-    counts: dict[str, int] | None = None  # of each status; None until sealed
-    manifest_sha256: str | None = None  # of manifest.parquet; None until sealed
-    missing: dict[str, str] | None = (
-        None  # shards that could not be made and were left out by --allow-missing, with the reason
-    )
+    samples: int  # counted in the source; once sealed, the rows of manifest.parquet
+    versions: dict[str, str]  # version of each package; "2.6.0 and 2.7.1" if it changed while the run was made
+    counts: dict[str, int] | None = None  # number of samples by status; None until sealed
+    manifest_sha256: str | None = None  # sha256 of manifest.parquet; None until sealed
+    missing: dict[str, str] | None = None  # shards that --allow-missing left out, with the reason
     format: int = FORMAT
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides the bytes; every part file carries it."""
+        """Fingerprint of everything that decides the bytes; every part file carries it."""
         return fingerprint([self.identity, self.fingerprints])
 
 
@@ -79,7 +70,7 @@ class RunDir:
 
     def __init__(self, url: str | Path) -> None:
         if not str(url):
-            raise UserError("OUT: is empty; name a folder or a URL")
+            raise UserError("OUT: the name is empty; name a folder or a URL")
         self.store = Store(url)
 
     def __str__(self) -> str:
@@ -107,7 +98,7 @@ class RunDir:
             raise UserError(f"{self.store.where(RUN)}: damaged ({reason}); restore it or make the run anew") from error
 
     def shards_with_parts(self) -> set[int]:
-        """Numbers of the shards whose part file exists, in one listing; whether it is sound `damage` says."""
+        """Shards whose part file exists, from one listing. `damage` says whether a part is sound."""
         return {int(match[1]) for name in self.store.names("manifest") if (match := PART_NAME.fullmatch(name))}
 
     def commit(
@@ -121,8 +112,9 @@ class RunDir:
     ) -> None:
         """Write the tars of a shard and, last, its part file: the shard is done.
 
-        tars: of each stream ("clean", "dad") the bytes and the number of samples; source: name of the piece that the shard was made
-        from; run: fingerprint of the run.
+        tars: stream ("clean", "dad") -> (bytes, number of samples).
+        source: name of the piece of the source that the shard was made from.
+        run: fingerprint of the run.
         """
         records = []
         for stream, (data, samples) in tars.items():
@@ -135,26 +127,26 @@ class RunDir:
         self.store.write(part_name(shard), encode_part(rows, record))
 
     def withdraw(self, shard: int) -> None:
-        """Remove the part file of a damaged shard: it is not done."""
+        """Remove the part file of a damaged shard, so that it counts as not done."""
         self.store.remove(part_name(shard))
 
     def write_info(self, info: RunInfo) -> None:
         self.store.write(RUN, _encode_info(info))
 
     def check_place(self) -> None:
-        """Before anything is spent: raises UserError where a run cannot be written, or would overwrite files that are not its own."""
+        """Raise UserError where a run cannot be written, or where it would overwrite files that are not its own."""
         if not self.store.exists(MANIFEST):
             self.store.check_writable()
         if self.store.exists(RUN):
             return
         taken = [name for name in CONTENTS if self.store.exists(name)]
-        if taken and not self.store.exists(RUN):  # another command that has begun meanwhile wrote it first
+        if taken and not self.store.exists(RUN):  # again: another command may have begun the run meanwhile
             raise UserError(
                 f"{self.store.where(taken[0])}: is in the way of a new run (there is no {RUN} here); choose another OUT"
             )
 
-    def claim(self, info: RunInfo) -> None:
-        """Write run.json for a fresh run, or make sure that the run already here is the same one.
+    def begin(self, info: RunInfo) -> None:
+        """Write run.json for a fresh run, or check that the run already here is the same one.
 
         Raises UserError naming the first field that differs.
         """
@@ -162,8 +154,8 @@ class RunDir:
             return
         old = self.info()
         for section in ("identity", "fingerprints"):
-            if found := first_difference(getattr(old, section), getattr(info, section)):
-                name, was, now = found
+            if difference := first_difference(getattr(old, section), getattr(info, section)):
+                name, was, now = difference
                 what = name if section == "identity" else f"the {name} (its content's fingerprint)"
                 raise UserError(
                     f"{self.store}: already holds shards made with another recipe: {what} was {was!r}, "
@@ -171,19 +163,19 @@ class RunDir:
                 )
 
     def damage(self, shard: int, run: str, *, content: bool = True) -> str | None:
-        """Why a shard is not done, or None when it is. Reads every byte of its tars unless ``content`` is False."""
+        """Why a shard is not done; None when it is. Reads every byte of its tars unless ``content`` is False."""
         try:
             _, record = self.part(shard, run)
         except FileNotFoundError:
             return f"{self.store.where(part_name(shard))}: missing"
-        except Unreachable:  # out of reach is not damaged
+        except Unreachable:  # a file out of reach is not damaged
             raise
         except UserError as error:
             return str(error)
         return next((why for tar in record.tars if (why := self.tar_damage(tar, content=content))), None)
 
     def tar_damage(self, tar: TarRecord, *, content: bool = True) -> str | None:
-        """Why a tar is not what the record says, naming the file; None when it is."""
+        """How a tar differs from its record, naming the file; None when it agrees."""
         where = self.store.where(tar.name)
         try:
             size = self.store.size(tar.name)
@@ -198,15 +190,18 @@ class RunDir:
     def part(
         self, shard: int, run: str | None = None, columns: Sequence[str] = tuple(SCHEMA.names)
     ) -> tuple[pa.Table, PartRecord]:
-        """Rows and record of a shard. Raises FileNotFoundError, and UserError for a part that is damaged or not of this shard and run."""
+        """Read a shard's rows and record.
+
+        Raises FileNotFoundError, and UserError for a part file that is damaged or of another shard or run.
+        """
         where = self.store.where(part_name(shard))
         rows, record = decode_part(self.store.read(part_name(shard)), where, columns)
         if run is not None and (record.shard, record.run) != (shard, run):
             raise UserError(f"{where}: belongs to another run or shard (shard {record.shard}, run {record.run})")
         return rows, record
 
-    def join(self, shards: Iterable[int]) -> tuple[pa.Table, list[TarRecord]]:
-        """The rows and the tars of the part files of ``shards``, as sealing joins them."""
+    def read_parts(self, shards: Iterable[int]) -> tuple[pa.Table, list[TarRecord]]:
+        """Concatenate the rows and the tars' records of several part files, as sealing does."""
         with ThreadPoolExecutor(8) as pool:
             parts = list(pool.map(self.part, shards))
         table = pa.concat_tables([rows for rows, _ in parts]).replace_schema_metadata(None).combine_chunks()
@@ -215,11 +210,12 @@ class RunDir:
     def seal(
         self, info: RunInfo, shards: Iterable[int], missing: Mapping[int, str] | None = None
     ) -> tuple[pa.Table, list[TarRecord]]:
-        """Join the part files of ``shards`` into ``manifest.parquet`` and write the final ``run.json``; returns the rows and the tars.
+        """Write ``manifest.parquet`` from the part files of ``shards``, and the final ``run.json``.
 
-        missing: shards that are left out, with the reason; recorded in ``run.json``. Tars that they left behind are removed.
+        missing: shards that are left out, with the reason; ``run.json`` records them, and their tars are removed.
+        Returns the rows and the tars' records.
         """
-        table, tars = self.join(shards)
+        table, tars = self.read_parts(shards)
         counts = Counter(table.column("status").to_pylist())
         data = encode_table(table, {"run": info.fingerprint, "tars": [asdict(tar) for tar in tars]})
         self.store.write(MANIFEST, data)
@@ -232,18 +228,17 @@ class RunDir:
         )
         self.write_info(sealed)
         for stream in ("clean", "dad") if missing else ():
-            for name in {tar_name(stream, shard) for shard in missing or ()} & {
-                f"{stream}/{name}" for name in self.store.names(stream)
-            }:
+            present = {f"{stream}/{name}" for name in self.store.names(stream)}
+            for name in present & {tar_name(stream, shard) for shard in missing or ()}:
                 self.store.remove(name)
         return table, tars
 
     def manifest(
         self, columns: Sequence[str] = tuple(SCHEMA.names), info: RunInfo | None = None
     ) -> tuple[pa.Table, list[TarRecord]]:
-        """The sealed manifest: all rows (some or all columns) and the record of every tar. Raises UserError when the run is not sealed.
+        """Read the sealed manifest: all rows (all columns or some) and the record of every tar.
 
-        info: its run.json, where that was read already.
+        info: the run.json, if the caller has read it already. Raises UserError when the run is not sealed or damaged.
         """
         info = info or self.info()
         if info.counts is None or not self.store.exists(MANIFEST):
@@ -258,9 +253,8 @@ class RunDir:
             )
         table, meta = decode_table(data, self.store.where(MANIFEST), columns)
         if meta.get("run") != info.fingerprint:
-            raise UserError(
-                f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({meta.get('run')}, {info.fingerprint})"
-            )
+            differ = f"{meta.get('run')}, {info.fingerprint}"
+            raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({differ})")
         if table.num_rows != info.samples:
             raise UserError(
                 f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples"
@@ -277,5 +271,5 @@ def _encode_info(info: RunInfo) -> bytes:
 
 def count_statuses(counts: Mapping[str, int]) -> str:
     """``"4,310 verified, 1,688 rejected, 2 errors"``."""
-    errors = counts.get("error", 0)
-    return f"{counts.get('verified', 0):,} verified, {counts.get('rejected', 0):,} rejected, {errors:,} error{'' if errors == 1 else 's'}"
+    verified, rejected, errors = (counts.get(status, 0) for status in ("verified", "rejected", "error"))
+    return f"{verified:,} verified, {rejected:,} rejected, {errors:,} error{'' if errors == 1 else 's'}"

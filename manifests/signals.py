@@ -1,4 +1,4 @@
-"""Signals: which ones ask for an end, finishing a step before obeying, and loader processes that outlive a broadcast."""
+"""Signals: which ones ask a process to stop, how it finishes its step first, and how loader processes ignore them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # they ask for an end; SIGUSR1: Slurm's warning with `--signal=B:USR1`
+# ask a process to stop; SIGUSR1 is Slurm's warning with `--signal=B:USR1`
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
 class Stop:
-    """Whether this process has been told to stop."""
+    """Whether a signal has asked this process to stop."""
 
     asked: bool = False
 
 
 @contextmanager
 def told_to_stop(*, quiet: bool = False) -> Iterator[Stop]:
-    """Inside the block the first of `SIGNALS` only sets ``asked``; the next does what it does outside. quiet: say nothing about it."""
+    """Inside the block the first of `SIGNALS` only sets ``asked``; the second acts as outside. quiet: print nothing."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield stop
         return
     before, owner = {number: signal.getsignal(number) for number in SIGNALS}, os.getpid()
@@ -38,13 +35,12 @@ def told_to_stop(*, quiet: bool = False) -> Iterator[Stop]:
 
     def note(_number: int, _frame: object) -> None:
         if os.getpid() != owner:
-            return  # a loader process, told together with this one: the step under way may need its batch
+            return  # a loader process got the signal too, and the step under way may need its batch
         restore()
         stop.asked = True
         if not quiet:
-            os.write(
-                2, b"\nstopping after this step; once more to stop at once\n"
-            )  # print may not be called while it is printing
+            # not print: the signal may have interrupted one, and print is not reentrant
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     for number in SIGNALS:
         signal.signal(number, note)
@@ -56,7 +52,7 @@ def told_to_stop(*, quiet: bool = False) -> Iterator[Stop]:
 
 @contextmanager
 def sigterm_blocked() -> Iterator[None]:
-    """Block SIGTERM inside the block. Processes that are forked there are born with it blocked."""
+    """Block SIGTERM inside the block. Processes forked there inherit the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -67,7 +63,8 @@ def sigterm_blocked() -> Iterator[None]:
 def ignore_sigterm_unless_from_parent(_worker: int) -> None:
     """In a loader process: ignore SIGTERM unless the parent sent it, or is gone.
 
-    torchrun and Slurm send SIGTERM to all processes of a job, but a trainer that stops still needs batches for its last step.
+    torchrun and Slurm send SIGTERM to all processes of a job, but a trainer that stops still needs batches for its
+    last step.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-if (
-    __name__ == "__main__"
-):  # until the command line has its own: torch takes a second to import, and an exception in there a stack trace
+# torch takes a second to import, and Ctrl-C in there would print a stack trace; later ProjectGroup sets its handlers
+if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted before anything was done\n"), os._exit(130)))
 
 import secrets
@@ -34,7 +33,7 @@ def main() -> None:
 
 recipe_option = recipe_option_of(FOLDER)
 data_option = click.option(
-    "--data", metavar="DIR", help="WebDataset tars or an ImageFolder; short for --set source.data=DIR."
+    "--data", metavar="DIR", help="WebDataset tars, Parquet files or class folders; short for --set source.data=DIR."
 )
 out_argument = click.argument("out", metavar="OUT")
 
@@ -52,18 +51,18 @@ out_argument = click.argument("out", metavar="OUT")
 @click.option(
     "--launcher",
     type=click.Choice(["local", "slurm", "ray"]),
-    help="Who makes the shards. [default: what the recipe says]",
+    help="Engine that runs the workers. [default: the recipe's]",
 )
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Processes, array tasks or actors. [default: one per GPU]",
+    help="Number of processes, array tasks or actors. [default: one per GPU]",
 )
 @click.option(
     "--allow-missing",
     is_flag=True,
-    help="Seal even when some shards could not be made; run.json records which and why.",
+    help="Seal even if some shards could not be made; run.json records which and why.",
 )
 @set_option
 def generate(
@@ -75,10 +74,10 @@ def generate(
     allow_missing: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Make the shards of a recipe, or those that are still missing. The same command on another machine helps."""
+    """Make the shards of a recipe that are missing. The same command on another machine shares the work."""
     options = {"source.data": data, "launch.launcher": launcher, "launch.workers": workers}
     settings = load(recipe, [*as_overrides(options), *overrides])
-    from .generate import make_shards  # not at the top: --help need not wait for matplotlib and the like
+    from .generate import make_shards  # here, so that --help does not wait for torch and matplotlib
 
     make_shards(settings, out, allow_missing=allow_missing)
 
@@ -86,10 +85,16 @@ def generate(
 @main.command()
 @recipe_option
 @data_option
-@click.option("--out", default="data/demo", show_default=True, metavar="DIR|URL", help="Where the run would go.")
+@click.option(
+    "--out",
+    default="data/demo",
+    show_default=True,
+    metavar="DIR|URL",
+    help="The run directory that `generate` would write.",
+)
 @set_option
 def plan(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) -> None:
-    """Say what a run would take: images, work, hours on this device, bytes; and what is missing, with the fix. Writes nothing."""
+    """Forecast a run: images, work, hours on this device, bytes; and what is missing, with the fix. Writes nothing."""
     settings = load(recipe, [*as_overrides({"source.data": data}), *overrides])
     from .speed.forecast import forecast, show
 
@@ -101,7 +106,7 @@ def plan(recipe: str, data: str | None, out: str, overrides: tuple[str, ...]) ->
 @click.option("--content", is_flag=True, help="Compare checksums too, not only sizes.")
 @click.option("--watch", is_flag=True, help="Print again every 10 seconds until it is sealed.")
 def status(out: str, content: bool, watch: bool) -> None:
-    """Say what OUT holds: shards done, running, failed, missing, damaged; verified rate, speed, time to go. From any machine."""
+    """Report on OUT from any machine: shards done, running, failed, missing, damaged; verified rate, speed, ETA."""
     from manifests import RunDir
 
     from .status import Survey, status_lines
@@ -122,12 +127,12 @@ def status(out: str, content: bool, watch: bool) -> None:
     type=click.IntRange(min=0),
     default=64,
     show_default=True,
-    help="Random samples of each stream to ask the teacher about again; 0 for none.",
+    help="Random samples of each stream that the teacher labels again; 0 for none.",
 )
-@click.option("--seed", type=int, help="Which samples. [default: other ones every time]")
+@click.option("--seed", type=int, help="Seed that chooses the samples. [default: drawn anew each time]")
 @set_option
 def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...]) -> None:
-    """Check every checksum, count and label of OUT, and re-infer random samples. Names whatever fails and exits with status 1."""
+    """Check every checksum, count and label of OUT, and re-infer random samples. Exits with 1 if anything fails."""
     from .verify import problems, reinfer, summary
 
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -136,28 +141,25 @@ def verify(out: str, samples: int, seed: int | None, overrides: tuple[str, ...])
         found = [f"{line} (--seed {seed})" for line in reinfer(out, samples, seed, overrides)]
     if found:
         click.echo("\n".join(f"FAILED {line}" for line in found))
-        click.echo(
-            f"{len(found)} problem{'s' * (len(found) > 1)}; `make shards` with the same recipe makes damaged shards anew"
-        )
+        some = f"{len(found)} problem{'s' * (len(found) > 1)}"
+        click.echo(f"{some}; `make shards` with the same recipe makes damaged shards anew")
         raise SystemExit(1)
     click.echo(summary(out))
     if samples:
-        click.echo(
-            f"{out}: the teacher agrees with the stored labels and logits of up to {samples} random samples of each stream"
-        )
+        checked = f"up to {samples} random samples of each stream"
+        click.echo(f"{out}: the teacher agrees with the stored labels and logits of {checked}")
 
 
 @main.command("convert-vqgan")
 @click.argument("source", metavar="IN", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", metavar="OUT.safetensors", type=click.Path(path_type=Path))
 def convert(source: Path, target: Path) -> None:
-    """Take the weights out of a published VQGAN checkpoint (Lightning's pickles included) without running anything in it."""
+    """Take the weights out of a VQGAN checkpoint, also one of Lightning's pickles, without running any code in it."""
     from .method.convert import convert_vqgan
 
     kept, left = convert_vqgan(source, target)
-    click.echo(
-        f"{target}: {kept} tensors; {left} others (loss, optimizer) left out. Use it with discretizer.weights={target}"
-    )
+    others = f"left out {left} others (loss, optimizer)"
+    click.echo(f"{target}: {kept} tensors; {others}. Use it with discretizer.weights={target}")
 
 
 add_recipe_command(main, load)

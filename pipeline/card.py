@@ -35,8 +35,9 @@ def dataset_card(info: RunInfo, table: pa.Table, tars: list[TarRecord]) -> str:
 
 ![clean, discretized, adversarial and difference]({GALLERY})
 
-{info.samples:,} labelled images of {len(info.classes)} classes went in. Each was attacked against a teacher model, discretized by a
-VQGAN, and kept only if the teacher still classifies it correctly (Discrete Adversarial Distillation, NeurIPS 2023).
+The source had {info.samples:,} labelled images of {len(info.classes)} classes. Each was attacked against a teacher,
+discretized by a VQGAN, and kept only if the teacher still classifies it correctly (Discrete Adversarial Distillation,
+NeurIPS 2023).
 
 | | samples | bytes |
 |---|---|---|
@@ -45,7 +46,8 @@ VQGAN, and kept only if the teacher still classifies it correctly (Discrete Adve
 | rejected by the teacher (in the manifest only) | {counts.get("rejected", 0):,} | |
 | unusable source samples (in the manifest, with the reason) | {counts.get("error", 0):,} | |
 
-Verified images: mean teacher loss {_mean(verified, "loss_clean")} on the clean image, {_mean(verified, "loss_attacked")} after the attack,
+Verified images: mean teacher loss {_mean(verified, "loss_clean")} on the clean image,
+{_mean(verified, "loss_attacked")} after the attack,
 {_mean(verified, "loss_dad")} after discretization.{_codes(verified)}
 
 ## Reading it
@@ -55,8 +57,8 @@ from shards import ShardDataset
 dataset = ShardDataset("path/to/this/folder", "dad")  # or "clean"
 sample = dataset[0]  # .key .image (uint8 [3, H, W]) .label .logits (float16 [classes])
 ```
-The tars are plain WebDataset: members `KEY.{extension}`, `KEY.cls` (ASCII integer), `KEY.logits.npy` (float16; with views, one row
-for each crop in `KEY.views.npy`; with top-k, `KEY.topk.npy` instead).
+The tars are plain WebDataset: members `KEY.{extension}`, `KEY.cls` (ASCII integer), `KEY.logits.npy` (float16;
+with views, one row for each crop in `KEY.views.npy`; with top-k, `KEY.topk.npy` instead).
 `manifest.parquet` has one row per source sample and the size and sha256 of every tar.
 Logits are stored, not probabilities: choose the temperature when training.
 
@@ -75,12 +77,12 @@ The images derive from the source images and stand under the source's licence.
 
 
 def _codes(table: pa.Table) -> str:
-    """Empty for a discretizer without codes."""
+    """A sentence on changed codes; empty for a discretizer without codes."""
     if pc.mean(table.column("codes_changed")).as_py() is None:
         return ""
     return (
-        f" The share of codes in which x″ differs from Q(x) is {_mean(table, 'codes_changed')};\n"
-        "this is no measure of the attack, for Q is not idempotent: unattacked, Q(Q(x)) differs from Q(x) as well."
+        f" x″ differs from Q(x) in {_mean(table, 'codes_changed')} of the codes;\n"
+        "this does not measure the attack: Q is not idempotent, and Q(Q(x)) differs from Q(x) even without one."
     )
 
 

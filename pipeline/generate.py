@@ -1,4 +1,4 @@
-"""Stage 1 as one command: plan, make the missing shards, seal. Running it again does only what is missing."""
+"""Stage 1 as one command: check, make the missing shards, seal. A second run does only what is missing."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from manifests.notes import note
 from manifests.progress import progress
 from manifests.recipe import identity
 from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
-from shards.sources import SourcePlan, plan_source
+from shards.sources import ImageSource
 from shards.sources.classes import ClassList, find_classes
 
 from .card import dataset_card
 from .job.batch import Row
-from .job.models import Models, fingerprints, load_models
+from .job.models import Models, fingerprints, load_models, resolve_precision
 from .job.worker import Work, unfinished, work_through
 from .launchers import find_launcher
 from .launchers.local import devices
-from .recipe import Recipe, as_published
+from .recipe import Recipe, as_published, source_of
 from .speed.batch_size import resolve_batch
 from .status import Survey
 
@@ -38,26 +38,27 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "taming-transformers", "t
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is known before the first image: what to make, with what, and where."""
+    """Everything that is known before the first image: what to make, with which models, and where."""
 
     recipe: Recipe
     classes: ClassList
-    plan: SourcePlan
+    source: ImageSource
     models: Models | None  # None: workers load their own
     info: RunInfo
     out: RunDir
 
 
 def prepare_job(recipe: Recipe, out: str) -> Job:
-    """Check the recipe against the world, cheapest first. Raises UserError for whatever is missing or does not fit.
+    """Check the recipe against files, device and OUT, cheapest first. Raises UserError for anything missing or unfit.
 
-    Where workers make the shards, the models' weights are read all the same, for their fingerprints.
+    If workers load the models, this process still reads their weights, for the fingerprints.
     """
     run = RunDir(out)
     run.check_place()
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
-    plan = plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
+    source = source_of(recipe, classes)
+    recipe = resolve_precision(recipe, run, devices(recipe)[0] if recipe.launch.launcher == "local" else None)
     models = load_models(recipe, classes) if here else None
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
     models = models and replace(models, batch=recipe.batch)
@@ -65,76 +66,70 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
         recipe=as_published(recipe),
         identity=identity(recipe),
         fingerprints=fingerprints(recipe, classes, models)
-        | {"classes": classes_fingerprint, "source": plan.fingerprint},
+        | {"classes": classes_fingerprint, "source": source.fingerprint},
         classes=list(classes.names),
-        shards=len(plan.pieces),
-        samples=plan.samples,
+        shards=len(source.pieces),
+        samples=source.samples,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
-    return Job(recipe, classes, plan, models, info, run)
+    return Job(recipe, classes, source, models, info, run)
 
 
 def _on_first_device(recipe: Recipe, classes: ClassList, run: RunDir) -> Models | None:
-    """Models to find the batch size with, where this machine's processes will use them: None where it is known, or they are elsewhere."""
+    """Models to find the batch size with; None if it is known already, or if the workers run elsewhere."""
     if recipe.batch or run.store.exists(RUN) or recipe.launch.launcher != "local":
         return None
     return load_models(replace(recipe, device=devices(recipe)[0]), classes)
 
 
 def make_shards(recipe: Recipe, out: str, *, allow_missing: bool = False) -> None:
-    """Make, or finish, the run directory ``out``. Several such commands at once, on several machines, share the work.
+    """Make, or finish, the run directory ``out``. Several such commands, on several machines, share the work.
 
-    Raises UserError when ``out`` holds another run, when shards could not be made (everything else is then done, and sealed
+    Raises UserError when ``out`` holds another run, when shards could not be made (all others are then done, and sealed
     only if ``allow_missing``), or when more than ``max_errors`` of the samples failed (everything is then sealed).
     """
-    find_launcher(recipe.launch.launcher)  # refuses one that is not installed before anything is written
+    find_launcher(recipe.launch.launcher)  # refuses a launcher that is not installed, before anything is written
     job = prepare_job(recipe, out)
-    job.out.claim(job.info)
+    job.out.begin(job.info)
     job.out.store.remove_stale_temporaries()
     sound = sound_shards(job.out, job.info, job.out.shards_with_parts())
     todo = tuple(shard for shard in range(job.info.shards) if shard not in sound)
     if todo:
         _record_versions(job)
-    work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.plan.pieces)
+    work = Work(recipe=job.recipe, out=out, run=job.info.fingerprint, todo=todo, pieces=job.source.pieces)
     missing: dict[int, str] = {}
     if todo or not job.out.store.exists(GALLERY):
         where = f"on {job.models.device.type}" if job.models else f"by {recipe.launch.launcher} workers"
         click.echo(
-            f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.plan.samples:,} images in all, {where}"
+            f"{out}: {len(todo)} of {job.info.shards} shards to make, {job.source.samples:,} images in all, {where}"
         )
-        missing = _make_missing(job, work, sum(job.plan.pieces[shard].count for shard in sound))
+        missing = _make_missing(job, work, sum(job.source.pieces[shard].count for shard in sound))
     if missing and (not allow_missing or len(missing) == job.info.shards):
-        raise UserError(
-            _describe(
-                job,
-                missing,
-                "everything else is done; run the same command again, or seal without with --allow-missing",
-            )
-        )
+        fix = "all others are done; run the same command again, or seal without them with --allow-missing"
+        raise UserError(_describe(job, missing, fix))
     if todo or not _sealed(job):
         seal(job, missing)
     if not missing:
         clear(job.out.store)
     else:
-        note(f"{_describe(job, missing, f'sealed without, as {RUN} records')}")
+        note(_describe(job, missing, f"sealed without them, as {RUN} records"))
     _conclude(job)
 
 
 def seal(job: Job, missing: Mapping[int, str]) -> None:
-    """Write manifest.parquet, run.json and the dataset card of a run that is complete but for ``missing`` shards."""
-    job.out.store.remove(CARD)  # written last: killed in between, this is done again
+    """Write manifest.parquet, run.json and the dataset card. missing: shards not made, with the reason."""
+    job.out.store.remove(CARD)  # the card is written last: without it, sealing is repeated
     shards = [shard for shard in range(job.info.shards) if shard not in missing]
     table, tars = job.out.seal(replace(job.info, versions=job.out.info().versions), shards, missing)
     job.out.store.write(CARD, dataset_card(job.out.info(), table, tars).encode())
-    if (
-        repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py()
-    ):  # large sources are planned without reading every key
-        told = "source.keys=place tells them apart (but labels only are then joined to no images)"
-        note(f"{repeated} keys occur more than once; {told}")
+    # found here, because large sources are not read key by key before the run
+    if repeated := table.num_rows - pc.count_distinct(table.column("key")).as_py():
+        fix = "source.keys=place tells them apart (but labels-only shards then match no images)"
+        note(f"source.data: {repeated} keys occur more than once; {fix}")
 
 
 def _record_versions(job: Job) -> None:
-    """A run that goes on under other versions than it began with says so: both belong to what it was made with."""
+    """Note and record package versions that differ from those that the run began with."""
     before = job.out.info()
     known = {name: before.versions.get(name, now) for name, now in job.info.versions.items()}
     changed = {
@@ -143,13 +138,13 @@ def _record_versions(job: Job) -> None:
         if now not in known[name].split(" and ")
     }
     if changed:
-        told = ", ".join(f"{name} {known[name]}, now {job.info.versions[name]}" for name in changed)
-        note(f"{job.out}: began with {told}: shards made now may differ from those in their last bits")
+        differences = ", ".join(f"{name} {known[name]}, now {job.info.versions[name]}" for name in changed)
+        note(f"{job.out}: began with {differences}: shards made now may differ from the older ones in their last bits")
         job.out.write_info(replace(before, versions=known | changed))
 
 
 def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[int]:
-    """Those of the shards that are done, by reading every byte. From the others the part file is withdrawn: they will be made anew."""
+    """Find the sound shards by reading every byte. The others lose their part file, so that they are made anew."""
     shards, sound = sorted(candidates), set()
     with ThreadPoolExecutor(8) as pool, progress(len(shards), "checking", "shard", quick=True) as bar:
         for shard, why in zip(shards, pool.map(lambda shard: out.damage(shard, info.fingerprint), shards), strict=True):
@@ -163,11 +158,11 @@ def sound_shards(out: RunDir, info: RunInfo, candidates: Iterable[int]) -> set[i
 
 
 def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
-    """Run workers until every shard of the work is sound or given up; returns those that are not there, with the reason.
+    """Run workers until every shard of the work is sound or given up; returns the missing shards, with the reason.
 
-    done: samples of the shards that were there before.
+    done: number of samples in the shards that were there before.
     """
-    for shard in look(job.out.store).failed:  # of an earlier command: every command tries anew
+    for shard in look(job.out.store).failed:  # failures of earlier commands do not count: every command tries anew
         forget(job.out.store, shard)
     missing: dict[int, str] = {}
     while True:
@@ -175,7 +170,7 @@ def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
         left, given_up = unfinished(work, job.out)
         missing |= {shard: f"failed {failure.tries} times: {failure.reason}" for shard, failure in given_up.items()}
         missing |= dict.fromkeys(left, "no worker was left to make it")
-        # Read back once, whoever made it: two workers at one shard may have mixed their files
+        # read every shard back once: two workers at one shard may have mixed their files
         made = set(work.todo) - missing.keys()
         work = replace(work, todo=tuple(sorted(made - sound_shards(job.out, job.info, made))))
         if not work.todo:
@@ -183,7 +178,7 @@ def _make_missing(job: Job, work: Work, done: int) -> dict[int, str]:
 
 
 def _run_workers(job: Job, work: Work, done: int) -> None:
-    with progress(job.plan.samples, "generating", "img", initial=done) as bar:
+    with progress(job.source.samples, "generating", "img", initial=done) as bar:
 
         def show(counts: Mapping[str, int], samples: int) -> None:
             judged = counts["verified"] + counts["rejected"]
@@ -213,11 +208,12 @@ def _run_workers(job: Job, work: Work, done: int) -> None:
 
 def _describe(job: Job, missing: Mapping[int, str], consequence: str) -> str:
     first = min(missing)
-    return f"{job.out}: {len(missing)} of {job.info.shards} shards could not be made, the first {first}: {missing[first]}; {consequence}"
+    count = f"{len(missing)} of {job.info.shards} shards could not be made"
+    return f"{job.out}: {count}, the first {first}: {missing[first]}; {consequence}"
 
 
 def _sealed(job: Job) -> bool:
-    """Whether the manifest joins the parts of all shards: some may have been made since, by a command killed before it sealed."""
+    """Whether the manifest has the rows of all part files; a command killed before it sealed may have added some."""
     store = job.out.store
     if not all(store.exists(name) for name in (MANIFEST, CARD)):
         return False
@@ -226,7 +222,7 @@ def _sealed(job: Job) -> bool:
     except UserError as error:
         click.echo(f"sealing again: {error}", err=True)
         return False
-    rows, recorded = job.out.join(range(job.info.shards))
+    rows, recorded = job.out.read_parts(range(job.info.shards))
     if job.out.info().missing or tars != recorded or not table.equals(rows):
         click.echo(f"sealing again: {job.out}: shards were made after it was sealed", err=True)
         return False
@@ -254,15 +250,15 @@ def _conclude(job: Job) -> None:
     hits = pc.sum(pc.equal(judged.column("label"), judged.column("clean_pred"))).as_py() or 0
     if near_chance(hits, judged.num_rows, len(info.classes)):
         note(
-            f"on {hits / judged.num_rows:.1%} of the clean images the teacher sees the label; guessing sees it on "
-            f"{1 / len(info.classes):.1%}. Are these the labels of source.classes, in its order, and the teacher's own weights?"
+            f"the teacher sees the label on {hits / judged.num_rows:.1%} of the clean images; guessing would on "
+            f"{1 / len(info.classes):.1%}. Check that the labels follow source.classes, and check teacher.weights"
         )
 
 
 def near_chance(hits: int, judged: int, classes: int) -> bool:
-    """Whether a teacher that is right ``hits`` times surely knows less than a twentieth of the way from guessing to knowing all.
+    """Whether a teacher with ``hits`` right answers surely lies below 1/20 of the way from guessing to perfect.
 
-    Surely: four standard deviations, so that few samples never say so (fewer than 300, of many classes).
+    Surely means by four standard deviations, so fewer than 300 samples (of many classes) never suffice.
     """
     share = 1 / classes + (1 - 1 / classes) / 20
     return hits < judged * share - 4 * math.sqrt(judged * share * (1 - share))

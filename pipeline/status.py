@@ -1,4 +1,4 @@
-"""What a run directory holds at this moment: done, running, failed, missing, damaged, how fast, how long yet. From any machine."""
+"""State of a run directory at this moment, from any machine: done, running, failed, missing, damaged, speed, ETA."""
 
 from __future__ import annotations
 
@@ -20,33 +20,31 @@ class State:
 
     info: RunInfo
     sealed: bool
-    counts: Counter[str]  # samples by status, of shards that are done and, so far, of those in the making
+    counts: Counter[str]  # samples by status: those of done shards, and those done so far in running ones
     done: frozenset[int]
     missing: list[int]
-    damaged: list[str]  # why, one line each
+    damaged: list[str]  # one line each: what is damaged and how
     failed: list[Failure]
-    running: list[tuple[Claim, float]]  # and for how many seconds its worker has been silent
+    running: list[tuple[Claim, float]]  # claim, and seconds since its last heartbeat
 
     @property
     def rate(self) -> float:
-        """Samples per second of all workers that are at work now. Idle times never count."""
+        """Samples per second of all workers that are running now. Time spent waiting does not count."""
         return sum(claim.rate for claim, silence in self.running if silence <= SILENT)
 
 
 class Survey:
-    """Looks at one run directory again and again; every part file is read once."""
+    """Looks at one run directory again and again, and reads every part file once."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._parts: dict[
-            tuple[int, int], tuple[PartRecord, Counter[str]] | str
-        ] = {}  # by shard and size: what it says, or why not
-        self._signs: dict[
-            int, tuple[Claim, float]
-        ] = {}  # last sign of life of each claim, and when it was given, on this machine's clock
+        # (shard, size of its part file) -> its record and counts, or why it cannot be read
+        self._parts: dict[tuple[int, int], tuple[PartRecord, Counter[str]] | str] = {}
+        # shard -> its claim as last seen, and when that was written, on this process's monotonic clock
+        self._heartbeats: dict[int, tuple[Claim, float]] = {}
 
     def look(self, *, tars: bool = False, content: bool = False) -> State:
-        """tars: compare the sizes of all tars with the record, and with ``content`` their checksums. Raises UserError for no run."""
+        """Take one look. tars: check the sizes of all tars; content: also checksums. Raises UserError if no run."""
         info = self._run.info()
         parts = self._read_parts(info)
         damaged = {shard: why for shard, why in parts.items() if isinstance(why, str)}
@@ -114,24 +112,23 @@ class Survey:
         return None
 
     def _silence(self, claim: Claim) -> float:
-        """Seconds since a worker's last sign of life: by the store's clock at first, by this process's own from then on."""
+        """Seconds since a worker's last heartbeat: at first by the store's clock, later by this process's own."""
         now = time.monotonic()
-        if claim.shard not in self._signs:
-            self._signs[claim.shard] = (claim, now - claim_age(self._run.store, claim.shard))
-        elif self._signs[claim.shard][0] != claim:
-            self._signs[claim.shard] = (claim, now)
-        return now - self._signs[claim.shard][1]
+        if claim.shard not in self._heartbeats:
+            self._heartbeats[claim.shard] = (claim, now - claim_age(self._run.store, claim.shard))
+        elif self._heartbeats[claim.shard][0] != claim:
+            self._heartbeats[claim.shard] = (claim, now)
+        return now - self._heartbeats[claim.shard][1]
 
 
 def status_lines(out: str, state: State) -> list[str]:
-    """Plain lines for a person."""
+    """Format a state as plain lines for a person."""
     info, counts = state.info, state.counts
     extra = "".join(
         f", {len(found)} {what}" for found, what in ((state.running, "running"), (state.failed, "failed")) if found
     )
-    lines = [
-        f"{out}: {len(state.done)} of {info.shards} shards done, {len(state.missing)} missing, {len(state.damaged)} damaged{extra}"
-    ]
+    bad = f"{len(state.missing)} missing, {len(state.damaged)} damaged"
+    lines = [f"{out}: {len(state.done)} of {info.shards} shards done, {bad}{extra}"]
     lines += [f"  damaged: {why}" for why in state.damaged]
     lines += [
         f"  failed: shard {failure.shard}, {failure.tries} times, last on {failure.host}: {failure.reason}"
@@ -149,9 +146,8 @@ def status_lines(out: str, state: State) -> list[str]:
         left = datetime.timedelta(seconds=round(max(info.samples - counts.total(), 0) / state.rate))
         lines.append(f"  speed: {state.rate:.1f} images/s of the workers that are running; about {left} to go")
     if state.sealed and state.info.missing and not state.damaged:
-        lines.append(
-            f"  sealed without {len(state.info.missing)} shards that could not be made (--allow-missing; run.json says why)"
-        )
+        without = f"{len(state.info.missing)} shards that could not be made"
+        lines.append(f"  sealed without {without} (--allow-missing; run.json says why)")
     elif state.missing or state.damaged:
         running = any(silence <= SILENT for _, silence in state.running)
         lines.append(
@@ -165,10 +161,10 @@ def status_lines(out: str, state: State) -> list[str]:
 
 
 def _running(claim: Claim, silence: float) -> str:
-    told = f"shard {claim.shard} on {claim.host}, process {claim.pid}: {claim.samples:,} images so far"
+    line = f"shard {claim.shard} on {claim.host}, process {claim.pid}: {claim.samples:,} images so far"
     if claim.rate:
-        told += f", {claim.rate:.1f} images/s"
-    return told if silence <= SILENT else f"{told}; no sign of life for {datetime.timedelta(seconds=round(silence))}"
+        line += f", {claim.rate:.1f} images/s"
+    return line if silence <= SILENT else f"{line}; no heartbeat for {datetime.timedelta(seconds=round(silence))}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -47,7 +47,7 @@ def problems(out: str) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    rows, recorded = run.join(shards)
+    rows, recorded = run.read_parts(shards)
     if not table.equals(rows):
         yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
     if tars != recorded:

@@ -1,14 +1,18 @@
-"""The contract between the stages: what one sample and one tar look like, writing them, streaming them.
+"""The contract between the stages: the form of one sample and one tar, writing tars, streaming them.
 
-Works without a GPU and without open_clip, taming or timm. For others to use:
+Works without a GPU and without open_clip, taming or timm. Other rooms use:
 
-- `ShardDataset`: one stream of a sealed run, random access to each `LabelledImage`. ``ShardDataset("data/demo", "dad")[0].image``
-- `TrainingReader`: planned, resumable batches of clean and DAD samples side by side: a `Batch` holds a `StreamBatch` of each.
-- `TarWriter`, `iterate_tar`: deterministic writing of WebDataset tars, with the `Extent` of each sample; distrustful reading, a `Sample`
-  at a time.
-- `ViewSettings`, `draw_views`, `replay`, `view_images`, `soft_label_members`: several views of an image, each with its own soft label.
-- `canvas.load_canvas`: from any image file to square pixels; the same for training and evaluation.
-- `ImageFormat`, `encode_image`, `decode_image`: the one codec of both stages; `seeded_generator`: its random numbers, by what they are for.
+- `ShardDataset`: one stream of a sealed run with random access: ``ShardDataset("data/demo", "dad")[0]`` is a
+  `LabelledImage`.
+- `TrainingReader`: planned, resumable batches of several streams side by side. A `Batch` holds one `StreamBatch` per
+  stream.
+- `TarWriter`: writes WebDataset tars, equal samples to equal bytes, and says the `Extent` of each sample.
+- `iterate_tar`: reads any WebDataset tar without trusting it, one `Sample` at a time.
+- `ViewSettings`, `draw_views`, `replay`, `view_images`, `soft_label_members`: several views of an image, each with its
+  own soft label.
+- `canvas.load_canvas`: turns any image file into square pixels; training and evaluation share it.
+- `ImageFormat`, `encode_image`, `decode_image`: the codec that both stages share.
+- `seeded_generator`: random numbers that depend on their purpose alone.
 """
 
 from .batches import Batch, StreamBatch

@@ -1,4 +1,4 @@
-"""``python -m shards``: how fast this machine reads shards, and what shorter soft labels would lose."""
+"""``python -m shards``: measures how fast this machine reads shards, and what shorter soft labels lose."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def main() -> None:
     default=8,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Measurements of each, in turn; the best counts.",
+    help="Measurements of each reader, in turn; the best one counts.",
 )
 @click.option(
     "--samples",
     default=1_281_167,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Samples of the manifest to plan; 1,000 a shard. 0: none.",
+    help="Samples of a manifest whose epochs are planned, 1,000 per shard. 0: plan nothing.",
 )
 def bench(images: int, shards: int, workers: str, repeats: int, samples: int) -> None:
-    """Compare a bare tar loop, webdataset, ImageFolder and this reader, and time the plan of a large run."""
+    """Compare a bare tar loop, webdataset, ImageFolder and this reader; time the plan of a large run."""
     from .benchmark import PLANNED, measure, measure_plan
 
     numbers = _numbers(workers, "--workers")
@@ -47,7 +47,7 @@ def bench(images: int, shards: int, workers: str, repeats: int, samples: int) ->
     if 0 < samples < PLANNED:
         raise click.BadParameter(f"{samples}: fewer than a batch of {PLANNED}; 0 plans nothing", param_hint="--samples")
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["DAD_CACHE"] = cache  # not the user's own, and so that the first opening is one
+        os.environ["DAD_CACHE"] = cache  # an empty cache: the first opening must build its index
         measure(images, shards, numbers, repeats)
         if samples:
             measure_plan(samples, max(samples // 1000, 1))
@@ -55,10 +55,15 @@ def bench(images: int, shards: int, workers: str, repeats: int, samples: int) ->
 
 @main.command()
 @click.argument("run", metavar="[RUN]", required=False)
-@click.option("--k", "ks", default="10,50,200", show_default=True, metavar="K,K,…", help="Logits to keep.")
+@click.option(
+    "--k", "ks", default="10,50,200", show_default=True, metavar="K,K,…", help="Numbers of logits to store per label."
+)
 @click.option("--temperature", default=4.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
 def topk(run: str | None, ks: str, temperature: float) -> None:
-    """Say what soft labels would lose if RUN had been made with views.topk=K. Without RUN: those of a teacher like a zero-shot CLIP."""
+    """Say what the soft labels of RUN would lose with views.topk=K.
+
+    Without RUN, the labels are those of an imitated zero-shot CLIP.
+    """
     from .shortening import show
 
     show(run, _numbers(ks, "--k"), temperature)
@@ -68,7 +73,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,2,4", param_hint=option) from error
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,2,4", param_hint=option) from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How fast samples are read on this machine: a bare loop, webdataset, ImageFolder and this reader, in turn in the same run.
+"""How fast this machine reads samples: a bare loop, webdataset, ImageFolder and this reader take turns in one run.
 
-``make bench-read`` or ``python -m shards bench``. All four decode the same JPEGs with PIL into uint8 batches.
+``make bench-read`` and ``python -m shards bench`` start it. All four decode the same JPEGs with PIL to uint8 batches.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ from .reader import TrainingReader
 from .tar import TarWriter
 
 BATCH = 64
-PLANNED = 1024  # batch of the large run that is planned
+PLANNED = 1024  # batch size of the large run that `measure_plan` plans
 CLASSES = 1000
 SIDE = 224
-DETAIL = 0.1  # of the pictures, as a share of the range of brightness
+DETAIL = 0.1  # contrast of the fine structure of the pictures, as a share of full contrast
 
 
 class BareTars(IterableDataset[Any]):
-    """The least that reading tars can be: the standard library, PIL, nothing checked, nothing shuffled, no soft labels."""
+    """The least work that reading tars can be: standard library and PIL; no checks, no shuffling, no soft labels."""
 
     def __init__(self, tars: list[Path]) -> None:
         self.tars = tars
@@ -62,20 +63,20 @@ class BareTars(IterableDataset[Any]):
 
 
 def measure(images: int, shards: int, workers: tuple[int, ...], repeats: int) -> None:
-    """Print images/s of each way to read, and its ratio to the bare loop with as many workers."""
+    """Print images/s of each way to read, and the ratio to the bare loop with as many workers."""
     with tempfile.TemporaryDirectory() as folder:
         run, flat = Path(folder) / "run", Path(folder) / "images"
         size = write_run(run, flat, images, shards)
-        click.echo(f"{images:,} JPEGs of {SIDE} px, {size / images / 1000:.1f} kB each, in {shards} tars; batches of {BATCH}; "
-                   f"best of {repeats}; {torch.get_num_threads()} threads in the main process")  # fmt: skip
+        click.echo(
+            f"{images:,} JPEGs of {SIDE} px, {size / images / 1000:.1f} kB each, in {shards} tars; "
+            f"batches of {BATCH}; best of {repeats}; {torch.get_num_threads()} threads in the main process"
+        )
         click.echo(f"{'images/s (ratio to the bare loop)':36s}" + "".join(f"{n:>10d} workers" for n in workers))
         ways = {
             "bare loop over tars": lambda n: _loader(BareTars(sorted((run / "clean").glob("*.tar"))), n),
             "webdataset": lambda n: _webdataset(run, n),
             "torchvision ImageFolder": lambda n: _image_folder(flat, n),
-            "this reader": lambda n: TrainingReader(str(run), batch_size=BATCH, streams=("clean",)).batches(
-                0, workers=n
-            ),
+            "this reader": lambda n: _reader(str(run), BATCH).batches(0, workers=n),
         }
         best = {(name, n): 0.0 for name in ways for n in workers}
         for _, n, (name, way) in itertools.product(range(repeats), workers, ways.items()):
@@ -89,15 +90,14 @@ def measure(images: int, shards: int, workers: tuple[int, ...], repeats: int) ->
 
 
 def measure_plan(samples: int, shards: int) -> None:
-    """Print what opening and planning a large run takes, from its manifest alone."""
+    """Print the time and memory that opening and planning a large run take; its manifest is enough for that."""
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), samples, shards)
-        click.echo(
-            f"manifest of {samples:,} samples in {shards:,} shards, {(Path(folder) / MANIFEST).stat().st_size / 1e6:.0f} MB"
-        )
+        size = (Path(folder) / MANIFEST).stat().st_size / 1e6
+        click.echo(f"manifest of {samples:,} samples in {shards:,} shards, {size:.0f} MB")
         for label in ("opened for the first time", "opened again"):
             started = time.perf_counter()
-            reader = TrainingReader(folder, batch_size=PLANNED, streams=("clean",))
+            reader = _reader(folder, PLANNED)
             click.echo(f"  {label:36s} {time.perf_counter() - started:7.2f} s")
         reader.plan("clean", 0)
         started = time.perf_counter()
@@ -111,7 +111,7 @@ def measure_plan(samples: int, shards: int) -> None:
 
 
 def private_bytes() -> int:
-    """Memory of this process that it shares with no other, mapped files left out."""
+    """Memory that this process shares with no other, without mapped files."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
@@ -119,7 +119,10 @@ def private_bytes() -> int:
 
 
 def write_run(run: Path, flat: Path, images: int, shards: int) -> int:
-    """A sealed run of random smooth JPEGs with soft labels, and the same images as an ImageFolder. Returns the bytes of all JPEGs."""
+    """Write a sealed run of random smooth JPEGs with soft labels, and the same images as an ImageFolder.
+
+    Returns the bytes of all JPEGs together.
+    """
     directory, generator = RunDir(run), torch.Generator().manual_seed(0)
     info = _info(images, shards)
     directory.write_info(info)
@@ -133,8 +136,8 @@ def write_run(run: Path, flat: Path, images: int, shards: int) -> int:
             extent = tars["clean"].add(
                 f"k{n:08d}", {"jpg": jpeg, "cls": str(label).encode(), "logits.npy": encode_array(logits)}
             )
-            rows.append({"key": f"k{n:08d}", "shard": shard, "label": label, "status": "rejected", "clean_offset": extent.offset,
-                         "clean_size": extent.size, "clean_crc32": extent.crc32})  # fmt: skip
+            row = {"key": f"k{n:08d}", "shard": shard, "label": label, "status": "rejected"}
+            rows.append(row | {f"clean_{field}": value for field, value in asdict(extent).items()})
             path = flat / f"{label:04d}" / f"{n:08d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg)
@@ -146,7 +149,7 @@ def write_run(run: Path, flat: Path, images: int, shards: int) -> int:
 
 
 def write_manifest(run: Path, samples: int, shards: int, *, sorted_by_class: bool = False) -> None:
-    """A sealed run's ``run.json`` and ``manifest.parquet`` without its tars."""
+    """Write the ``run.json`` and ``manifest.parquet`` of a sealed run, without its tars."""
     directory = RunDir(run)
     number = np.arange(samples)
     label = number * CLASSES // samples if sorted_by_class else number % CLASSES
@@ -176,16 +179,20 @@ def write_manifest(run: Path, samples: int, shards: int, *, sorted_by_class: boo
 
 def _info(samples: int, shards: int, **sealed: Any) -> RunInfo:
     return RunInfo(
-        recipe={"canvas": SIDE}, identity={}, fingerprints={"source": "benchmark"}, classes=[f"class {n}" for n in range(CLASSES)],
-        shards=shards, samples=samples, versions={}, **sealed,
+        recipe={"canvas": SIDE}, identity={}, fingerprints={"source": "benchmark"}, versions={},
+        classes=[f"class {n}" for n in range(CLASSES)], shards=shards, samples=samples, **sealed,
     )  # fmt: skip
 
 
 def _picture(generator: torch.Generator) -> torch.Tensor:
-    """Smooth colours with some detail: at quality 95 a JPEG of about 18 kB."""
+    """Smooth colours with some detail, which make a JPEG of about 18 kB at quality 95."""
     coarse = F.interpolate(torch.rand(1, 3, 7, 7, generator=generator), SIDE, mode="bicubic")[0]
     fine = F.interpolate(torch.rand(1, 1, 56, 56, generator=generator), SIDE, mode="bicubic")[0]
     return to_uint8(coarse + DETAIL * (fine - 0.5))
+
+
+def _reader(run: str, batch_size: int) -> TrainingReader:
+    return TrainingReader(run, batch_size=batch_size, streams=("clean",))
 
 
 def _loader(dataset: Dataset[Any], workers: int, batch: int | None = None, shuffle: bool = False) -> Iterable[Any]:
@@ -214,7 +221,7 @@ def _image_folder(flat: Path, workers: int) -> Iterable[Any]:
 
 
 def _images_per_second(batches: Iterable[Any]) -> float:
-    """Over a whole epoch, starting the workers included."""
+    """Images/s over a whole epoch, including the start of the workers."""
     started, images = time.perf_counter(), 0
     count: Callable[[Any], int] = lambda batch: len(batch["clean"].keys if isinstance(batch, dict) else batch[0])  # noqa: E731
     for batch in batches:

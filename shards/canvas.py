@@ -1,4 +1,4 @@
-"""From the bytes of any image file to the canvas: uint8 [3, S, S], shorter side resized to S, then centre-cropped."""
+"""From the bytes of any image file to the canvas: uint8 [3, S, S], the centre square resized to S pixels a side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from manifests.errors import one_line
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
-FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")  # no others: PIL's EPS runs Ghostscript
-MAX_PIXELS = 256 << 20  # of a source image; a larger one would need gigabytes to decode
+FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")  # no other formats: PIL's EPS decoder runs Ghostscript
+MAX_PIXELS = 256 << 20  # largest source image; decoding a larger one takes gigabytes
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL raises beyond twice this, before decoding
-# PIL's remarks on odd metadata would tear the progress bar, once an image. Here and not around each image: threads share the filters.
+# Silence PIL's remarks on odd metadata: they would tear the progress bar once per image. The filter is set here, not
+# around each image, because threads share filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -24,28 +25,26 @@ class BadImage(Exception):
 
 
 def load_canvas(data: bytes, side: int) -> torch.Tensor:
-    """Decode, orient by EXIF, convert to RGB (transparent pixels on white), resize bicubically and crop: uint8 [3, side, side].
+    """Decode, orient by EXIF, convert to RGB (transparent pixels on white), crop, resize: uint8 [3, side, side].
 
-    Raises BadImage.
+    The crop is the centre square; resizing is bicubic. Raises BadImage.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            picture.draft("RGB", (2 * side, 2 * side))  # JPEG only: decode at a fraction when far larger than needed
+            picture.draft("RGB", (2 * side, 2 * side))  # decodes a far larger JPEG at a fraction of its size
             image = _to_rgb(ImageOps.exif_transpose(picture))
-    except UnidentifiedImageError as error:  # whose own text holds an address in memory: two runs would differ
+    except UnidentifiedImageError as error:  # its own text holds a memory address, which would differ between runs
         raise BadImage(
             f"unreadable image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged"
         ) from error
-    except Exception as error:  # decoders raise whatever damaged data leads them to
+    except Exception as error:  # damaged data makes decoders raise almost anything
         raise BadImage(f"unreadable image: {one_line(error)}") from error
     width, height = image.size
     if min(width, height) < 2:
         raise BadImage(f"image of {width} x {height} pixels")
     shorter = min(width, height)
-    left, top = (
-        (width - shorter) / 2,
-        (height - shorter) / 2,
-    )  # the centre square, before scaling: a long thin image stays small
+    # crop before scaling: a long thin image would become huge
+    left, top = (width - shorter) / 2, (height - shorter) / 2
     if (width, height) != (side, side):
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))
     pixels = np.array(image)
@@ -53,12 +52,11 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if (
-        image.mode.startswith("I") or image.mode == "F"
-    ):  # 16-bit and float: PIL's own conversion clips instead of scaling
+    # PIL's own conversion of 16-bit and float images clips instead of scaling
+    if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
-            raise ValueError("some of its pixels are no finite numbers")
+            raise ValueError("some of its pixels are not finite")
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
         if image.mode == "F" and values.max() <= 1:
             top = 1.0

@@ -1,4 +1,4 @@
-"""Images and logits as bytes and back: one codec for the writer and the reader, so that both stages see the same pixels."""
+"""Images and logits to bytes and back. Writer and reader share this codec, so that both stages see the same pixels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ EXTENSIONS = ("jpg", "png", "webp")
 
 @recipe_dataclass
 class ImageFormat:
-    """How images are stored."""
+    """The file format of stored images."""
 
     format: Literal["jpg", "png", "webp"] = "jpg"
     """png is lossless; webp is lossless at quality 100."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Of jpg (without chroma subsampling) and webp."""
+    """Quality of jpg (without chroma subsampling) and webp."""
 
 
 def encode_image(image: torch.Tensor, settings: ImageFormat) -> bytes:
@@ -69,14 +69,14 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def encode_array(array: np.ndarray) -> bytes:
-    """A numeric array as the bytes of a ``.npy`` file."""
+    """Encode a numeric array as the bytes of a ``.npy`` file."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
 def decode_array(data: bytes, dtype: type[np.generic] | np.dtype[np.void], where: str) -> np.ndarray:
-    """A ``.npy`` of exactly ``dtype``; never unpickles. Raises UserError naming ``where``."""
+    """Decode a ``.npy`` of exactly ``dtype``; never unpickles. Raises UserError naming ``where``."""
     shape, found, start = _npy_header(data, where)
     if found != dtype:
         raise UserError(f"{where}: dtype {found}, expected {np.dtype(dtype)}")
@@ -87,7 +87,7 @@ def decode_array(data: bytes, dtype: type[np.generic] | np.dtype[np.void], where
 
 
 def array_dtype(data: bytes, where: str) -> np.dtype[Any]:
-    """What a ``.npy`` holds. Raises UserError naming ``where``."""
+    """The dtype of a ``.npy``. Raises UserError naming ``where``."""
     return _npy_header(data, where)[1]
 
 
@@ -101,7 +101,7 @@ def _npy_header(data: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any]
 
 @lru_cache(maxsize=64)
 def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """(shape, dtype) of a version 1.0 header in C order. All arrays of a run have the same one: it is parsed once."""
+    """(shape, dtype) from a version 1.0 header in C order. The arrays of a run share one header, so parse it once."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not of version 1.0")

@@ -1,4 +1,4 @@
-"""One stream of a run directory as a random-access dataset: every read is checked against the manifest."""
+"""One stream of a run directory as a random-access dataset. Every read is checked against the manifest."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ class LabelledImage:
 
     key: str
     label: int  # index into the run's class list
-    logits: (
-        torch.Tensor
-    )  # float16 [classes], the teacher's, before any softmax; [views, classes] where the run stores views
-    image: torch.Tensor | None  # uint8 [3, H, W]; None where the run stores labels only
+    logits: torch.Tensor  # float16 [classes], the teacher's, before softmax; [views, classes] if the run stores views
+    image: torch.Tensor | None  # uint8 [3, H, W]; None if the run stores labels only
     views: np.ndarray | None = None  # VIEW records [views]; None for the whole image
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as stored: labels decoded, the image not yet."""
+    """A sample whose labels are decoded and whose image is not."""
 
     key: str
     label: int
@@ -59,9 +57,9 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, a local folder of the user's own image tars; they are joined by key.
-    temperature: which of the stored ones the logits are for, where the run stores the top k only. None: the first.
-    cache: keeps remote tars on the local disk; without it, every sample is one ranged read.
+    images: for runs that store labels only, the user's own images (`OwnImages`), local or a URL; they are joined by key.
+    temperature: at which a student will use the logits, if the run stores the top k only. None: the first one stored.
+    cache: holds remote tars on the local disk; without it, every sample is one ranged read.
     Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
     """
 
@@ -83,10 +81,10 @@ class ShardDataset:
         self.stream, self.temperature, self.cache = stream, temperature, cache
         self.index = open_index(self.run, self.info, stream)
         self.shards, self.labels = self.index.shard, self.index.label
-        self.images = None if images is None else self._join(images)
+        self.images = None if images is None else self._own(images)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._remake, ()  # a loader worker that is not forked maps the index itself instead of being sent a copy
+        return self._remake, ()  # a loader worker that is not forked maps the index itself and receives no copy
 
     def __len__(self) -> int:
         return len(self.index)
@@ -96,7 +94,7 @@ class ShardDataset:
         return key
 
     def __getitem__(self, index: int) -> LabelledImage:
-        """Read one sample. Raises UserError naming the tar when it is missing or its bytes are not those that were written."""
+        """Read one sample. Raises UserError naming the tar if it is missing or its bytes are not what was written."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         stored = self.read(index)
@@ -118,7 +116,7 @@ class ShardDataset:
         except UserError:
             if self.cache is None:
                 raise
-            cached = self.cache.drop(tar)  # it was whole when it was fetched: the copy on the local disk is damaged
+            cached = self.cache.drop(tar)  # the tar was whole when it arrived, so the local disk has damaged it
             sample = parse_sample(self._bytes(tar, extent), extent, f"{cached} (of {where})")
         where = f"{where}: {sample.key}"
         label = sample.members.get("cls")
@@ -147,19 +145,18 @@ class ShardDataset:
         if self.images is not None:
             return self.images.pixels(index, self.side)
         raise UserError(
-            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder of your own image tars (images), "
+            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your own (images), "
             "or make them anew with output.clean_images=true"
         )
 
     def _canvas(self) -> int:
         side = self.info.recipe.get("canvas")
         if type(side) is not int or side < 1:
-            raise UserError(
-                f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make the run anew"
-            )
+            why = f"recipe.canvas: {side!r} is not a number of pixels"
+            raise UserError(f"{self.run.store.where(RUN)}: {why}; restore it or make the run anew")
         return side
 
-    def _join(self, images: str | Path) -> OwnImages:
+    def _own(self, images: str | Path) -> OwnImages:
         if len(self) and self.read(0).image is not None:
             raise UserError(f"images: the {self.stream} shards of {self.run} hold images themselves; leave images out")
         if self.info.identity.get("source.keys") == "place":
@@ -170,7 +167,7 @@ class ShardDataset:
         return OwnImages(images, self.index.keys, self.index.name)
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Bring the tars of shards near: into the cache, or a local file into the page cache. Raises UserError as reading does."""
+        """Fetch the tars of shards into the cache; read local tars ahead. Raises UserError as reading does."""
         for shard in shards:
             tar = self._tar(shard)
             if self.cache is not None:
@@ -179,9 +176,9 @@ class ShardDataset:
                 self.run.store.advise(tar.name)
 
     def check(self, *, content: bool = True, progress: bool = True, part: int = 0, parts: int = 1) -> None:
-        """Make sure that every tar of the stream is the one the manifest describes; of several parts, every parts-th tar.
+        """Make sure that every tar of the stream is what the manifest describes. part, parts: check every parts-th tar.
 
-        Raises UserError naming the first that is not.
+        Raises UserError naming the first tar that is not.
         """
         tars = list(self.index.tars.values())[part::parts]
         sizes = {} if content else self._sizes()
@@ -192,12 +189,12 @@ class ShardDataset:
         ) as bar:
             for tar in tars:
                 if sizes.get(tar.name) != tar.size and (why := self.run.tar_damage(tar, content=content)):
-                    again = f"run `make shards` again to repair it, or `python -m pipeline verify {self.run}` for the whole list"
-                    raise UserError(f"{why}; {again}")
+                    every = f"`python -m pipeline verify {self.run}` for the whole list"
+                    raise UserError(f"{why}; run `make shards` again to repair it, or {every}")
                 bar.update(tar.size)
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of the stream's tars by one listing; empty where the store may be read but not listed."""
+        """Bytes of the stream's tars, from one listing; empty if the store forbids listing."""
         try:
             return {f"{self.stream}/{name}": size for name, size in self.run.store.sizes(self.stream).items()}
         except Unreachable:

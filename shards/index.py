@@ -1,6 +1,6 @@
-"""Where every sample of a stream lies, as one memory-mapped Arrow file: all workers and ranks of a machine share its pages.
+"""The place of every sample of a stream, in one memory-mapped Arrow file whose pages all workers of a machine share.
 
-Made from the sealed manifest on first use and kept in the cache folder. 1.28 M samples are about 60 MB.
+The first use makes it from the sealed manifest and stores it in the cache folder. 1.28 M samples take about 60 MB.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from manifests.rows import TarRecord
 from manifests.rundir import MANIFEST
 
 COLUMNS = ("shard", "label", "offset", "size", "crc32")
-UNUSED = 30 * 24 * 3600  # seconds after which a file in the cache folder is removed
+UNUSED = 30 * 24 * 3600  # seconds; files that nobody read for so long are removed
 VERSION = 2  # of the files in the cache folder
-CRC = 4  # bytes at the end of each
+CRC = 4  # bytes of the checksum at the end of each file
 
 
 @dataclass(frozen=True)
 class StreamIndex:
-    """The samples of one stream, in the order of the source. Arrays are views of the mapped file."""
+    """The samples of one stream, in the order of the source. Its arrays are views of the mapped file."""
 
     keys: pa.StringArray
     shard: np.ndarray  # int32 [N], non-decreasing
     label: np.ndarray  # int32 [N]
-    offset: np.ndarray  # int64 [N], of the first header byte in the tar
+    offset: np.ndarray  # int64 [N], bytes before the first header in the tar
     size: np.ndarray  # int32 [N], bytes
     crc32: np.ndarray  # uint32 [N]
     tars: dict[int, TarRecord]  # by shard
@@ -48,7 +48,7 @@ class StreamIndex:
 
 
 def open_index(run: RunDir, info: RunInfo, stream: str) -> StreamIndex:
-    """The index of a sealed run's stream. Where this machine has it already, nothing is read of the run beside the ``info`` given.
+    """The index of a sealed run's stream. If this machine has it already, ``info`` is all that it needs of the run.
 
     Raises UserError for a run that is not sealed, or whose manifest is not the sealed one.
     """
@@ -61,17 +61,17 @@ def open_index(run: RunDir, info: RunInfo, stream: str) -> StreamIndex:
 
 
 def kept_table(name: str, make: Callable[[], pa.Table]) -> pa.Table:
-    """The table of this name in the cache folder, mapped into memory; made first where it is not there or not whole.
+    """Map the table of this name in the cache folder into memory. If it is missing or damaged, ``make`` it first.
 
-    Of several processes one makes it, and none replaces a file that is whole: others have it mapped. Raises UserError when the cache
-    folder is not writable.
+    Of several processes one makes it. None replaces a whole file, for others have it mapped.
+    Raises UserError when the cache folder is not writable.
     """
     folder = cache_folder("indexes")
     path = folder / f"{name}.arrow"
     if (table := read_mapped(path)) is not None:
         return table
     with lock(folder, name):
-        if (table := read_mapped(path)) is None:  # else another process was faster
+        if (table := read_mapped(path)) is None:  # otherwise another process was faster
             write_mapped(path, make())
             table = read_mapped(path)
     if table is None:
@@ -80,14 +80,14 @@ def kept_table(name: str, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 def read_mapped(path: Path) -> pa.Table | None:
-    """A table that `write_mapped` wrote, mapped into memory; None when it is not there, or a byte of it has changed."""
+    """Map a table that `write_mapped` wrote; None if the file is missing or a byte of it has changed."""
     try:
         data = pa.memory_map(str(path)).read_buffer()
         body = data.slice(0, max(data.size - CRC, 0))
         if zlib.crc32(body).to_bytes(CRC, "little") != data.slice(body.size).to_pybytes():
             return None
         table = pa.ipc.open_file(pa.BufferReader(body)).read_all()
-        with suppress(OSError):  # where the folder is read-only, nothing is removed either
+        with suppress(OSError):  # a read-only folder needs no marks of use: nothing is removed from it
             os.utime(path)
         return table
     except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
@@ -95,9 +95,9 @@ def read_mapped(path: Path) -> pa.Table | None:
 
 
 def write_mapped(path: Path, table: pa.Table) -> None:
-    """Write a table as an Arrow file of exactly one batch and its CRC32, and remove files that were not read for long.
+    """Write a table as an Arrow file of exactly one batch, followed by its CRC32.
 
-    Raises UserError when the folder is not writable.
+    Removes files that nobody has read for long. Raises UserError when the folder is not writable.
     """
     batch = pa.RecordBatch.from_arrays(
         [column.combine_chunks() if column.num_chunks else pa.array([], column.type) for column in table.columns],
@@ -112,7 +112,7 @@ def write_mapped(path: Path, table: pa.Table) -> None:
     for other in path.parent.glob("*.arrow"):
         with suppress(FileNotFoundError):  # another process was faster
             if time.time() - other.stat().st_mtime > UNUSED:
-                other.unlink()  # a process that has it mapped keeps it
+                other.unlink()  # its pages stay with a process that has it mapped
 
 
 def _index_table(run: RunDir, info: RunInfo, stream: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Work ahead of the model: an iterator read in a thread, and a function mapped over it by several, both in order and bounded."""
+"""Work ahead of the model, in order and bounded: an iterator read in a thread, and a function mapped by a pool."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ R = TypeVar("R")
 
 
 class Prefetch(Generic[T], Iterator[T]):
-    """Reads an iterable in a thread of its own, at most ``depth`` items ahead. What it raises is raised here, in its place."""
+    """Reads an iterable in a thread of its own, at most ``depth`` items ahead. Its exceptions arrive in their place."""
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
-        self.exhausted = False  # everything has been read, though perhaps not yet been taken
+        self.exhausted = False  # the thread has read all items; the consumer may not have taken them yet
         self._items = items
         self._ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
         self._closed = threading.Event()
@@ -59,7 +59,7 @@ class Prefetch(Generic[T], Iterator[T]):
 
 
 def map_in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """``function`` of every item, computed by the pool up to ``ahead`` items in advance, in the order of the items."""
+    """Apply ``function`` to every item in a pool, at most ``ahead`` items in advance. Results keep the items' order."""
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:

@@ -1,4 +1,4 @@
-"""What soft labels lose when they are shortened to the top k (`ViewSettings.topk`): the error of the distillation loss and its gradient."""
+"""The price of storing only the top k logits (`ViewSettings.topk`): errors of distillation loss and gradient."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from .dataset import ShardDataset
 from .views import expand, shorten
 
 SAMPLES = 1000
-STUDENTS = ("untrained", "half-way", "near")  # on their way to the teacher
+STUDENTS = ("untrained", "half-way", "near")  # stages on the way to the teacher
 
 
 def soft_labels_of(url: str) -> np.ndarray:
-    """float16 logits [N, classes] of up to `SAMPLES` clean images of a run. Raises UserError where the run stores the top k itself."""
+    """float16 logits [N, classes] of up to `SAMPLES` clean images of a run.
+
+    Raises UserError if the run stores the top k itself.
+    """
     dataset = ShardDataset(url, "clean")
     places = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset)), dtype=int)
     with progress(len(places), "reading", "label", quick=True) as bar:
@@ -29,16 +32,18 @@ def soft_labels_of(url: str) -> np.ndarray:
         for place in places.tolist():
             logits = dataset.read(place).logits
             if logits.dtype != np.float16:
-                raise UserError(
-                    f"{url}: stores shortened labels, which cannot be compared with whole ones; name a run of full logits"
-                )
+                why = "stores shortened labels, so their loss cannot be measured"
+                raise UserError(f"{url}: {why}; name a run of full logits")
             rows.append(logits.reshape(-1, logits.shape[-1])[0])  # of several views, the first
             bar.update()
     return np.stack(rows)
 
 
 def clip_like(rows: int = 200, classes: int = 1000) -> np.ndarray:
-    """float16 logits as a zero-shot CLIP gives them: cosines of -0.05 to 0.35 times 100, of names that come in groups of alike ones."""
+    """float16 logits [rows, classes] like a zero-shot CLIP's: 100 times cosines of -0.05 to 0.35.
+
+    Classes come in groups of similar names, which have similar logits.
+    """
     rng = np.random.default_rng(0)
     groups = rng.normal(size=(rows, classes // 20)).repeat(20, axis=1)
     return (17 + 2.0 * groups + 1.5 * rng.normal(size=(rows, classes)) + 8 * (np.arange(classes) == 7)).astype(
@@ -47,20 +52,20 @@ def clip_like(rows: int = 200, classes: int = 1000) -> np.ndarray:
 
 
 def students_of(teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits of students on their way to a teacher's [N, classes]: one that knows nothing, one half-way, one that comes near."""
+    """Logits [N, classes] of `STUDENTS`: one knows nothing, one is half-way to the teacher, one comes near."""
     noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(0), dtype=teacher.dtype)
     noise *= teacher.std(dim=1, keepdim=True) / 2
     return dict(zip(STUDENTS, (torch.zeros_like(teacher), teacher / 2 + noise, teacher + noise), strict=True))
 
 
 def kl_and_gradient(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[float, torch.Tensor]:
-    """KL(teacher || student) at a temperature, mean over the rows, and its gradient by the student's logits (softmax q - p)."""
+    """KL(teacher || student) at a temperature, mean over rows, and its gradient by the student's logits (q - p)."""
     log_q, log_p = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(), log_q.exp() - log_p.exp()
 
 
-def compare(logits: np.ndarray, k: int, temperature: float) -> Mapping[str, tuple[float, float]]:
-    """By student: error of the KL relative to that of all logits, and cosine between the two gradients."""
+def shortening_errors(logits: np.ndarray, k: int, temperature: float) -> Mapping[str, tuple[float, float]]:
+    """For each student: relative error of the KL, and cosine between the gradients of shortened and full labels."""
     records = shorten(logits, k, (temperature,))
     whole, short = (
         torch.from_numpy(z.astype(np.float64)) for z in (logits, expand(records, logits.shape[1], temperature))
@@ -73,20 +78,19 @@ def compare(logits: np.ndarray, k: int, temperature: float) -> Mapping[str, tupl
 
 
 def show(url: str | None, ks: Sequence[int], temperature: float) -> None:
-    """Print the table of the command line."""
+    """Print the table of ``python -m shards topk``. url: a run; None: an imitated zero-shot CLIP."""
     logits = clip_like() if url is None else soft_labels_of(url)
     if wrong := [k for k in ks if not 0 < k < logits.shape[1]]:
         raise UserError(f"--k: {wrong[0]}: there are {logits.shape[1]} classes; from 1 to {logits.shape[1] - 1}")
     what = "a teacher like a zero-shot CLIP over ImageNet's classes" if url is None else url
-    click.echo(
-        f"{what}: {len(logits)} labels of {logits.shape[1]} classes, T = {temperature:g}; error of the KL, cosine of the gradients\n"
-    )
+    click.echo(f"{what}: {len(logits)} labels of {logits.shape[1]} classes, T = {temperature:g}; ", nl=False)
+    click.echo("error of the KL, cosine of the gradients\n")
     full = len(encode_array(logits[0]))
-    click.echo("| k | bytes of a label | mass of the rest | " + " | ".join(STUDENTS) + " |\n|---|---|---|---|---|---|")
+    click.echo("| k | bytes per label | mass of the rest | " + " | ".join(STUDENTS) + " |\n|---|---|---|---|---|---|")
     for k in ks:
         records = shorten(logits, k, (temperature,))
         size = len(encode_array(records[:1]))
         z = logits.astype(np.float64) / temperature
         rest = np.exp(records["rest"][:, 0] - np.logaddexp.reduce(z, axis=1)).mean()
-        cells = [f"{error:+.0%}, {cosine:.2f}" for error, cosine in compare(logits, k, temperature).values()]
+        cells = [f"{error:+.0%}, {cosine:.2f}" for error, cosine in shortening_errors(logits, k, temperature).values()]
         click.echo(f"| {k} | {size} ({size / full:.2f} of all) | {rest:.0%} | {' | '.join(cells)} |")

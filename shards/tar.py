@@ -1,7 +1,7 @@
-"""WebDataset tars: writing them to the byte, and reading them without trusting them.
+"""WebDataset tars: written byte for byte the same every time, and read without trusting them.
 
-In a tar, the members of one sample share a key (the name up to the first dot of its last part) and follow each other. A second member
-with the same ending begins another sample.
+In a tar, the members of one sample share a key (the name up to the first dot of its last part) and follow each other.
+A second member with the same ending begins another sample.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import IO
 from manifests.errors import UserError
 
 KEY = re.compile(r"^[A-Za-z0-9_-]+\Z")
-MAX_KEY = 80  # characters; a tar header holds 100, with the longest extension
+MAX_KEY = 80  # characters; key and extension must fit into the 100 that a tar header holds
 BLOCK = 512
-MAX_MEMBER = 256 << 20  # bytes; a larger member is no image, label or array, and is skipped unread
+MAX_MEMBER = 256 << 20  # bytes; a larger member cannot be an image, label or array, and is skipped
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a sample lies in its tar: from its first header to the end of its last member's padding."""
+    """A sample's place in its tar, in bytes: from its first header to the end of its last member's padding."""
 
     offset: int
     size: int
@@ -40,12 +40,12 @@ class Sample:
     members: dict[str, bytes] = field(default_factory=dict)
 
     def first(self, extensions: Iterable[str]) -> bytes | None:
-        """The first of these members that the sample has, such as its image."""
+        """The first of these members that the sample has (its image, say); None if it has none of them."""
         return next((self.members[extension] for extension in extensions if extension in self.members), None)
 
 
 class TarWriter:
-    """Builds one tar in memory. Equal samples give equal bytes: no times, no owners."""
+    """Builds one tar in memory. Equal samples give equal bytes, for headers hold neither times nor owners."""
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
@@ -71,7 +71,7 @@ class TarWriter:
 
 
 def parse_sample(data: bytes, extent: Extent, where: str) -> Sample:
-    """The sample whose extent was read as ``data``. Raises UserError when the bytes are not those that were written."""
+    """Parse the bytes of one sample's extent. Raises UserError naming ``where`` unless they are what was written."""
     if len(data) != extent.size:
         raise UserError(f"{where}: ends inside the sample at byte {extent.offset} (truncated)")
     if zlib.crc32(data) != extent.crc32:
@@ -91,11 +91,14 @@ def parse_sample(data: bytes, extent: Extent, where: str) -> Sample:
 
 
 def _parse_header(data: bytes, at: int, problem: str) -> tuple[str, int]:
-    """(name, size) of a plain ustar header, as `TarWriter` writes it: tarfile's own parser takes a tenth of the time of decoding a JPEG."""
+    """(name, size) from a plain ustar header, as `TarWriter` writes it.
+
+    tarfile's own parser would take a tenth of the time that decoding a JPEG takes.
+    """
     header = data[at : at + BLOCK]
     if len(header) < BLOCK or header[257:262] != b"ustar" or header[156:157] not in b"0\0":
         raise UserError(f"{problem} (no plain ustar header)")
-    checksum = sum(header[:148]) + sum(header[156:]) + 8 * 32  # its own eight bytes count as spaces
+    checksum = sum(header[:148]) + sum(header[156:]) + 8 * 32  # the checksum counts its own eight bytes as spaces
     try:
         size, expected = int(header[124:135], 8), int(header[148:154], 8)
         name = header[:100].rstrip(b"\0").decode()
@@ -109,14 +112,14 @@ def _parse_header(data: bytes, at: int, problem: str) -> tuple[str, int]:
 def iterate_tar(file: IO[bytes], where: str, start: int = 0) -> Iterator[tuple[int, Sample]]:
     """Read any WebDataset tar from byte ``start``: yields (offset of the sample's first header, sample).
 
-    Only regular files are read; links, devices and directories are passed over, and nothing is written to disk.
-    Raises UserError naming ``where`` for a file that is not a tar or is cut off, in a member or between two.
+    Reads regular files only; passes over links, devices and directories; writes nothing to disk.
+    Raises UserError naming ``where`` for a file that is not a tar, or that was cut off inside or between members.
     """
     yield from _samples(file, where, start)
 
 
 def index_tar(file: IO[bytes], where: str) -> Iterator[tuple[int, Sample]]:
-    """(offset, sample) of every sample of a tar, from its headers and labels: all members but ``cls`` are empty."""
+    """(offset, sample) of every sample of a tar, from headers and labels: all members except ``cls`` are empty."""
     yield from _samples(file, where, 0, only="cls")
 
 
@@ -128,14 +131,15 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def clean_key(name: str) -> str:
-    """A key that matches the contract's ``[A-Za-z0-9_-]+``, from a sample's name in any tar or folder.
+    """Turn a sample's name in any tar or folder into a key that matches the contract's ``[A-Za-z0-9_-]+``.
 
-    Folders are joined by ``-``. A name with other characters, or a long one, ends in a hash of the whole, so that no two meet.
+    ``-`` replaces the slashes. The key of a long name, or of one with other characters, ends in a hash of the whole
+    name, so that different names have different keys.
     """
     joined = name.replace("/", "-")
     key = re.sub(r"[^A-Za-z0-9_-]", "-", joined)
     if key != joined or not 0 < len(key) <= MAX_KEY:
-        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()  # names of files need not be UTF-8
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()  # file names need not be UTF-8
         key = f"{key[: MAX_KEY - 17]}-{digest[:16]}"
     return key
 
@@ -146,9 +150,9 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
     try:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            # In a tar without members, Python 3.10 would seek to byte -1.
+            # without this condition, Python 3.10 seeks to byte -1 of a tar without members
             for member in iter(tar.next, None) if tar.firstmember or tar.offset else ():  # type: ignore[attr-defined]
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header of a long tar
+                tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header of a long tar
                 if not member.isreg():
                     continue
                 key, extension = split_name(member.name)
@@ -163,8 +167,8 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
                     if len(data) != member.size:
                         raise tarfile.ReadError("unexpected end of data")
                     current.members[extension] = data
-            # tarfile takes a damaged header, or the end of the file, for the end of the archive. Two blocks of zeros mark that; one is
-            # asked for, and only zeros may follow: a tar that was cut off between two members has none.
+            # tarfile takes a damaged header, or the end of the file, for the end of the archive. A whole tar ends in
+            # two blocks of zeros; a tar cut off between members has none. Demand one, and only zeros behind it.
             file.seek(tar.offset)
             if len(file.read(BLOCK)) < BLOCK:
                 raise tarfile.ReadError(f"it stops at byte {tar.offset} without the zeros that end a tar")

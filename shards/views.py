@@ -1,8 +1,9 @@
-"""Several views of one image, each with the teacher's soft label on exactly those pixels (Beyer et al., 2022: consistent teaching).
+"""Several views of one image, each with the teacher's soft label on exactly those pixels.
 
-Stage 1 draws V crops of an image, labels each, and stores the crop boxes beside the logits; stage 2 replays the same crops on the same
-decoded pixels with the same integer resampling (PIL), to the bit. With one view, the whole canvas (the paper's setting), nothing of this
-is stored: ``KEY.logits.npy`` is then float16 [classes].
+This is the consistent teaching of Beyer et al. (2022). Stage 1 draws V crops of an image, labels each, and stores the
+crop boxes beside the logits. Stage 2 replays the same crops on the same decoded pixels with the same integer resampling
+(PIL), to the bit. With one view, the whole canvas (the paper's setting), no boxes are stored, and ``KEY.logits.npy`` is
+float16 [classes].
 
     KEY.views.npy   VIEW records [V]
     KEY.logits.npy  float16 [V, classes], or instead
@@ -25,33 +26,32 @@ from manifests.recipe import recipe_dataclass
 from .codec import array_dtype, decode_array, encode_array
 from .seeds import digest, seeded_generator
 
-VIEW = np.dtype(
-    [("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "<u2")]
-)  # pixels of the stored image
-RATIO = 4 / 3  # most that a crop's sides differ by, as in Inception's random resized crop
+# in pixels of the stored image
+VIEW = np.dtype([("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "<u2")])
+RATIO = 4 / 3  # largest aspect ratio of a crop, as in Inception's random resized crop
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @recipe_dataclass
 class ViewSettings:
-    """Which views of an image get a soft label of their own, and how the labels are stored."""
+    """Which views of an image get a soft label of their own, and the form in which labels are stored."""
 
     count: Annotated[int, Field(ge=1, le=1000)] = 1
-    """1: the whole canvas, as in the paper. More: random crops and flips, replayed one by one, an epoch each."""
+    """1: the whole canvas, as in the paper. More: random crops and flips, of which each epoch replays one."""
     scale: Share = 0.25
     """Smallest area of a crop, as a share of the canvas; the largest is all of it."""
     topk: Annotated[int, Field(ge=1)] | None = None
-    """Store the k largest logits and the log-sum-exp of the rest, instead of all logits. Total masses stay exact, the shape of the rest is
-    lost; at T = 4 much of a zero-shot teacher's mass lies there, so that all logits (2 bytes a class) teach better:
-    ``python -m shards topk RUN`` says what would be lost."""
+    """Store the k largest logits and the log-sum-exp of the rest, instead of all logits. The mass of the rest stays
+    exact, its shape is lost. At T = 4, much of a zero-shot teacher's mass lies in the rest, so all logits (2 bytes per
+    class) teach better; ``python -m shards topk RUN`` measures the loss."""
     temperatures: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (4.0,)
-    """With topk: those at which a student may learn from the soft labels."""
+    """With topk: the temperatures at which a student may learn from the soft labels."""
 
 
 def draw_views(key: str, seed: int, settings: ViewSettings, side: int) -> np.ndarray | None:
-    """VIEW records [count] for the sample of this key on a canvas of ``side`` pixels; None for the whole canvas alone.
+    """VIEW records [count] for the sample of this key on a canvas of ``side`` pixels; None if ``count`` is 1.
 
-    The first views do not depend on how many there are.
+    A larger ``count`` adds views and leaves the first ones as they are.
     """
     if settings.count == 1:
         return None
@@ -70,9 +70,10 @@ def draw_views(key: str, seed: int, settings: ViewSettings, side: int) -> np.nda
 
 
 def replay(pixels: np.ndarray, view: np.void, where: str = "view") -> np.ndarray:
-    """One view of an image, uint8 [H, W, 3] -> the same shape: crop, resize bicubically to the full size, mirror where ``flip``.
+    """One view of an image, uint8 [H, W, 3] -> same shape: crop, resize bicubically to full size, mirror if ``flip``.
 
-    The same pixels and view give the same bytes on any machine. Raises UserError naming ``where`` for a box that is not inside the image.
+    The same pixels and view give the same bytes on any machine.
+    Raises UserError naming ``where`` for a box that is not inside the image.
     """
     height, width = pixels.shape[:2]
     top, left, high, wide, flip = view.item()
@@ -85,20 +86,20 @@ def replay(pixels: np.ndarray, view: np.void, where: str = "view") -> np.ndarray
 
 
 def view_images(image: torch.Tensor, views: np.ndarray) -> torch.Tensor:
-    """All views of an image, uint8 [3, H, W] -> [V, 3, H, W]: what stage 1 shows the teacher."""
+    """All views of an image, as stage 1 shows them to the teacher: uint8 [3, H, W] -> [V, 3, H, W]."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     return torch.from_numpy(np.stack([replay(pixels, view) for view in views])).permute(0, 3, 1, 2).contiguous()
 
 
 def view_of_epoch(key: str, seed: int, epoch: int, count: int) -> int:
-    """Which view an epoch shows: each in turn, from a start of the sample's own, so that a batch holds views of every number."""
+    """Number of the view that an epoch shows. Each sample starts at its own number: a batch mixes all numbers."""
     return (epoch + digest(seed, key, "view", size=8)) % count
 
 
 def soft_label_members(logits: np.ndarray, views: np.ndarray | None, settings: ViewSettings) -> dict[str, bytes]:
-    """The tar members of a sample's soft labels.
+    """The tar members that hold a sample's soft labels.
 
-    logits: float16 [V, classes], on the views in their order; [1, classes] where ``views`` is None.
+    logits: float16 [V, classes], in the order of the views; [1, classes] if ``views`` is None.
     """
     if len(logits) != (1 if views is None else len(views)):
         raise ValueError(f"{len(logits)} rows of logits for {settings.count} views")
@@ -113,8 +114,8 @@ def read_soft_labels(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(logits, views) of a sample: float16 [classes] and None, or [V, classes] and VIEW records [V].
 
-    From a top-k record the logits are float32 and stand for the teacher at ``temperature`` alone (None: the first that is stored).
-    Raises UserError naming ``where``.
+    Logits from a top-k record are float32 and stand for the teacher at ``temperature`` alone (None: the first one
+    stored). Raises UserError naming ``where``.
     """
     views = decode_array(members["views.npy"], VIEW, where) if "views.npy" in members else None
     if views is not None and (views.ndim != 1 or not len(views)):
@@ -133,19 +134,14 @@ def read_soft_labels(
 
 
 def topk_dtype(k: int, temperatures: int) -> np.dtype[np.void]:
-    """Record of a shortened soft label: ``rest[t]`` is log sum exp(z / temperatures[t]) over the classes that are not listed."""
-    return np.dtype(
-        [
-            ("classes", "<u2", (k,)),
-            ("logits", "<f2", (k,)),
-            ("temperatures", "<f4", (temperatures,)),
-            ("rest", "<f4", (temperatures,)),
-        ]
-    )
+    """Record of a shortened soft label. ``rest[t]``: log sum exp(z / temperatures[t]) over the classes not listed."""
+    of_classes, of_temperatures = (k,), (temperatures,)
+    fields = [("classes", "<u2", of_classes), ("logits", "<f2", of_classes)]
+    return np.dtype([*fields, ("temperatures", "<f4", of_temperatures), ("rest", "<f4", of_temperatures)])
 
 
 def shorten(logits: np.ndarray, k: int, temperatures: tuple[float, ...]) -> np.ndarray:
-    """float16 logits [V, classes] -> `topk_dtype` records [V]. At the given temperatures the k probabilities stay exact."""
+    """float16 logits [V, classes] -> `topk_dtype` records [V]. The k probabilities stay exact at ``temperatures``."""
     rows, classes = logits.shape
     if not k < classes <= 1 << 16:
         raise UserError(f"views.topk: {k} of {classes} classes; choose fewer than there are, at most 65,536")
@@ -154,17 +150,16 @@ def shorten(logits: np.ndarray, k: int, temperatures: tuple[float, ...]) -> np.n
     records["classes"] = order[:, :k]
     records["logits"] = np.take_along_axis(logits, order[:, :k], 1)
     records["temperatures"] = temperatures
-    rest = (
-        np.take_along_axis(logits.astype(np.float64), order[:, k:], 1)[:, None] / np.asarray(temperatures)[:, None]
-    )  # [V, T, classes - k]
-    records["rest"] = np.logaddexp.reduce(rest, axis=2)
+    others = np.take_along_axis(logits.astype(np.float64), order[:, k:], 1)[:, None]  # [V, 1, classes - k]
+    records["rest"] = np.logaddexp.reduce(others / np.asarray(temperatures)[:, None], axis=2)
     return records
 
 
 def expand(records: np.ndarray, classes: int, temperature: float) -> np.ndarray:
-    """`topk_dtype` records [V] -> float32 logits [V, classes] whose softmax at ``temperature`` has the k probabilities of the teacher.
+    """`topk_dtype` records [V] -> float32 logits [V, classes] whose softmax at ``temperature`` has the teacher's top k.
 
-    The rest of the mass, exact too, is spread evenly over the other classes. Raises UserError for a temperature that is not stored.
+    The other classes share the rest of the mass evenly; their total is exact too.
+    Raises UserError for a temperature that is not stored.
     """
     at = np.isclose(records["temperatures"], temperature, rtol=1e-6)
     if not at.any(axis=1).all():

@@ -435,11 +435,16 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_run(
-    out: Path | str, sizes: Sequence[int] = (9, 12, 7, 11, 14), edit: Edit | None = None, images: bool = True
+    out: Path | str,
+    sizes: Sequence[int] = (9, 12, 7, 11, 14),
+    edit: Edit | None = None,
+    images: bool = True,
+    prefix: str = "",
 ) -> Path:
     """Write and seal a run through the contract's own parts: 8x8 PNG images, 5 classes, two of three verified, one error a shard.
 
     ``edit`` may change the members of each sample before they are written: what it makes is recorded with correct checksums.
+    ``prefix``: what all keys begin with.
     """
     from manifests import RunDir, RunInfo
     from shards import ImageFormat, TarWriter, encode_image
@@ -455,7 +460,7 @@ def write_run(
     for shard, size in enumerate(sizes):
         writers, rows = {"clean": TarWriter(), "dad": TarWriter()}, []
         for n in range(size):
-            key, label = f"s{shard}-{n:02d}", int(rng.integers(len(CLASSES)))
+            key, label = f"{prefix}s{shard}-{n:02d}", int(rng.integers(len(CLASSES)))
             status = "error" if n == 3 else ("verified", "rejected", "verified")[n % 3]
             row: dict[str, object] = {"key": key, "shard": shard, "label": label, "status": status}
             for stream in {"verified": ("clean", "dad"), "rejected": ("clean",), "error": ()}[status]:

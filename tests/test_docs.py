@@ -9,13 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "BENCHMARKS.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @each_page
 def test_the_tests_that_it_names_exist(page: Path) -> None:
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
-        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{page.name}: {file}::{name}"
+        homes = [
+            str(path.relative_to(ROOT)) for path in TESTS if re.search(rf"^def {name}\(", TESTS[path], re.MULTILINE)
+        ]
+        assert file in homes, f"{page.name}: {file} has no {name}; it stands in {homes}"
 
 
 @each_page

@@ -28,8 +28,8 @@ data_option = click.option(
     "--data",
     default="data/renditions",
     show_default=True,
-    type=click.Path(path_type=Path),
-    help="Folder of evaluation sets.",
+    metavar="DIR",
+    help="Folder or URL of evaluation sets: sub-folders of tars, Parquet files or class folders.",
 )
 
 
@@ -70,11 +70,11 @@ def train(
 @click.argument("runs", nargs=-1, metavar="RUNS…")
 @data_option
 @click.option("--out", default="reports", show_default=True, metavar="DIR", help="Where report.md and report.png go.")
-def evaluate(runs: tuple[str, ...], data: Path, out: str) -> None:
+def evaluate(runs: tuple[str, ...], data: str, out: str) -> None:
     """Score students on every evaluation set and set them side by side. RUNS: student directories, or folders of them [default: runs]."""
     from .tables.compare import compare
 
-    compare(runs or ("runs",), data.expanduser(), out)
+    compare(runs or ("runs",), data, out)
 
 
 @main.command("export")
@@ -101,7 +101,7 @@ def table(
     student: str | None,
     shards: str | None,
     seeds: int,
-    data: Path,
+    data: str,
     out: str,
     overrides: tuple[str, ...],
 ) -> None:
@@ -109,7 +109,7 @@ def table(
     from .study import demo_table
 
     recipe, named = chosen(recipe, student, shards)
-    demo_table(recipe, seeds, out, data.expanduser(), [*named, *overrides])
+    demo_table(recipe, seeds, out, data, [*named, *overrides])
 
 
 @main.command()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,6 +17,7 @@ from shards import Batch
 
 from .checkpoint import BEST, METRICS, Progress, StudentDir
 from .evaluation.score import BATCH, score_set
+from .evaluation.sets import image_set
 from .images.augmentation import Augment
 from .memory import memory_errors
 from .methods.method import Passes
@@ -175,11 +175,10 @@ def end_epoch(run: Training, log: Log, hooks: Hooks) -> None:
     better = True
     if recipe.validation is not None:
         distributed.share_buffers(run.final_student)
-        started, classes = time.monotonic(), len(run.reader.classes)
+        started = time.monotonic()
         score = score_set(
             run.final_student,
-            Path(recipe.validation),
-            classes,
+            image_set(recipe.validation, run.reader.classes),
             run.side,
             run.device,
             bf16=run.bf16,

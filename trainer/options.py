@@ -64,4 +64,4 @@ def _are_the_demos(shards: str) -> bool:
     demo = load(DEMO)
     if Path(shards) == Path(demo.shards):
         return True
-    return RunDir(shards).info().classes == classes_of(Path(str(demo.validation)))
+    return RunDir(shards).info().classes == classes_of(str(demo.validation))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm.layers
@@ -109,7 +108,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
     frozen = load_frozen(info, method.needs.models, device, recipe.models)
     if recipe.validation is not None:
         try:
-            check_set(Path(recipe.validation), reader.classes)
+            check_set(recipe.validation, reader.classes)
         except UserError as error:
             raise UserError(f"validation: {error}; set another, or validation=null") from error
     directory = StudentDir(out)

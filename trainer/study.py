@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -17,7 +16,7 @@ from .tables.results import difference, to_json
 METHODS = ("plain", "kd", "dad")  # of the demo table
 
 
-def demo_table(recipe: str, seeds: int, out: str, data: Path, overrides: Sequence[str]) -> None:
+def demo_table(recipe: str, seeds: int, out: str, data: str, overrides: Sequence[str]) -> None:
     """Train plain, KD and DAD students with ``seeds`` seeds each, and report means, standard errors and paired differences."""
     results = []
     for seed in range(seeds):

@@ -70,6 +70,15 @@ class Store:
         """Bytes. Raises FileNotFoundError."""
         return self._ask(name, lambda fs, path: int(fs.size(path)))
 
+    def info(self, name: str) -> dict[str, Any]:
+        """What fsspec says of a file: its size, and a version under a name of the store's own. Raises FileNotFoundError."""
+        return self._ask(name, lambda fs, path: dict(fs.info(path)))
+
+    def files_below(self) -> dict[str, dict[str, Any]]:
+        """What fsspec says of every file here and in all folders below, by relative name, from one listing."""
+        found = self._ask("", lambda fs, path: fs.find(path, detail=True))
+        return {path[len(self.root) :].lstrip("/"): entry for path, entry in found.items()}
+
     def open(self, name: str) -> IO[bytes]:
         """A file to read from, anywhere in it. Raises FileNotFoundError."""
         return open(self._full(name), "rb") if self.is_local else io.BufferedReader(_RemoteFile(self, name), _CHUNK)

@@ -1,1 +1,1 @@
-"""The work of one shard, and who does it: models on a device, batches, shards, workers, the gallery."""
+"""The work of one shard: models on a device, batches, the shard itself, the worker that makes it, the gallery."""

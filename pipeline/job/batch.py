@@ -1,7 +1,8 @@
-"""The method on one batch (DESIGN.md, steps 1 to 6), in three stages that may overlap with those of other batches.
+"""The method on one batch, in three stages that may overlap with those of other batches.
 
-`attack_batch` starts the models and, behind them, the encoding of x''; `judge_batch` shows the teacher what was stored; `collect`
-waits for the verdicts. On a GPU nothing waits before `collect`: while it attacks one batch, the CPU encodes the one before.
+`attack_batch` runs the teacher on x and the attack, and starts the encoding of x''; `judge_batch` runs the teacher on
+x'' as stored; `collect` waits for the verdicts. On a GPU nothing waits before `collect`: while the GPU attacks one
+batch, the CPU encodes the batch before it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Stored:
     """x'' after the image codec."""
 
     data: bytes
-    pixels: torch.Tensor  # as a reader will decode it, uint8 [3, S, S]
-    views: torch.Tensor | None  # of `pixels`, uint8 [V, 3, S, S]
+    pixels: torch.Tensor  # as a reader will decode them, uint8 [3, S, S]
+    views: torch.Tensor | None  # views of `pixels`, uint8 [V, 3, S, S]
 
 
 @dataclass(frozen=True)
 class AttackedBatch:
-    """B usable samples, attacked; x'' is on its way through the image codec."""
+    """B usable samples, attacked; threads are encoding their x''."""
 
     y: torch.Tensor  # [B]
     clean_logits: torch.Tensor  # [B, classes]
@@ -51,9 +52,9 @@ class AttackedBatch:
 
 @dataclass(frozen=True)
 class JudgedBatch:
-    """Verdicts on their way from the device."""
+    """Verdicts on B samples; their copies from the device may be under way."""
 
-    columns: dict[str, torch.Tensor]  # [B], on the CPU once `ready`
+    columns: dict[str, torch.Tensor]  # [B] each, complete on the CPU once `ready` returns
     clean_soft_labels: torch.Tensor  # float16 [B, classes] or [B, V, classes]
     dad_soft_labels: torch.Tensor
     codes: torch.Tensor  # [B, h, w]
@@ -62,8 +63,8 @@ class JudgedBatch:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What became of one sample."""
+class JudgedSample:
+    """The row and the tar members of one sample."""
 
     row: Row
     clean_soft_labels: np.ndarray  # float16 [classes] or [V, classes]
@@ -73,7 +74,7 @@ class Result:
 
 
 def attack_batch(samples: list[Prepared], recipe: Recipe, models: Models, codec: Executor) -> AttackedBatch:
-    """Steps 1 to 4: teacher on x, attack, and x'' handed to the codec threads."""
+    """Teacher on x, attack, and x'' to the codec threads (the method's steps 1 to 4)."""
     x = to_float(models.send(torch.stack([sample.clean for sample in samples if sample.clean is not None])))
     noise = models.send(torch.stack([sample.noise for sample in samples if sample.noise is not None]))
     y = models.send(torch.tensor([sample.source.label for sample in samples]))
@@ -93,11 +94,11 @@ def attack_batch(samples: list[Prepared], recipe: Recipe, models: Models, codec:
 
 
 def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
-    """Steps 4 to 6: what is verified and labelled is the image as a reader of the shard will see it."""
+    """Verify and label x'' as a reader of the shard will see it (the method's steps 4 to 6)."""
     stored = [future.result() for future in batch.stored]
     seen = to_float(models.send(torch.stack([image.pixels for image in stored])))
     with torch.no_grad():
-        dad_logits = models.teacher(seen).half()  # judge what is stored, not what was computed
+        dad_logits = models.teacher(seen).half()  # float16, as stored, so that verdict and stored logits agree
     dad_soft_labels = _view_logits([image.views for image in stored], models, dad_logits).half()
     clean_logits, clean_soft_labels, attacked = (
         batch.clean_logits.half(),
@@ -122,19 +123,18 @@ def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
     fetched = {name: models.fetch(column)[0] for name, column in columns.items()}
     clean, _ = models.fetch(clean_soft_labels)
     dad, _ = models.fetch(dad_soft_labels)
-    codes, ready = models.fetch(attacked.codes)  # the last: when it is here, so are the others
+    codes, ready = models.fetch(attacked.codes)  # copied last: when it is complete, so are the others
     return JudgedBatch(fetched, clean, dad, codes, [image.data for image in stored], ready)
 
 
-def collect(batch: JudgedBatch) -> list[Result]:
-    """Wait for the verdicts of a batch: one result per usable sample, in order."""
+def collect(batch: JudgedBatch) -> list[JudgedSample]:
+    """Wait for the verdicts of a batch; returns one judged sample per usable sample, in order."""
     batch.ready()
     values = {name: column.tolist() for name, column in batch.columns.items()}
-    results = []
+    judged = []
     for i, data in enumerate(batch.images):
-        row: Row = {
-            name: column[i] if math.isfinite(column[i]) else None for name, column in values.items()
-        }  # NaN equals nothing
+        # null, not NaN: NaN differs from itself, and equal rows must compare equal
+        row: Row = {name: column[i] if math.isfinite(column[i]) else None for name, column in values.items()}
         finite, good = row.pop("finite"), row.pop("good")
         row |= {"bytes": len(data), "status": "verified", "reason": None}
         if not finite:
@@ -142,12 +142,13 @@ def collect(batch: JudgedBatch) -> list[Result]:
         elif not good:
             row |= {"status": "rejected", "reason": f"the teacher sees class {row['dad_pred']}"}
         codes = batch.codes[i].numpy().astype(np.uint16)
-        results.append(Result(row, batch.clean_soft_labels[i].numpy(), batch.dad_soft_labels[i].numpy(), data, codes))
-    return results
+        clean, dad = batch.clean_soft_labels[i].numpy(), batch.dad_soft_labels[i].numpy()
+        judged.append(JudgedSample(row, clean, dad, data, codes))
+    return judged
 
 
 def _view_logits(views: list[torch.Tensor | None], models: Models, canvas: torch.Tensor) -> torch.Tensor:
-    """The teacher's logits [B, V, classes] on the views of B images, uint8 [V, 3, S, S] each; where there are none, those of the canvas."""
+    """Teacher logits [B, V, classes] on B images' views, uint8 [V, 3, S, S] each; without views the canvas's logits."""
     given = [pixels for pixels in views if pixels is not None]
     if not given:
         return canvas

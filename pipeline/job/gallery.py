@@ -1,4 +1,4 @@
-"""The contact sheet of a run: clean | Q(x) | x'' | amplified difference, with the teacher's verdict under each image."""
+"""The contact sheet of a run: x | Q(x) | x'' | amplified difference, with the teacher's verdict under each image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..recipe import Recipe
 from .models import Models
 from .prepare import prepare
 
-VERIFIED, REJECTED = 8, 4  # rows of the sheet, when there are so many
+VERIFIED, REJECTED = 8, 4  # most samples of each kind on the sheet
 AMPLIFY = 4
 HEADINGS = ("clean x", "discretized Q(x)", "adversarial x″", f"{AMPLIFY} × (x″ − Q(x))")
 
@@ -35,7 +35,7 @@ class _Panel:
 
 
 def make_gallery(table: pa.Table, piece: Piece, recipe: Recipe, classes: ClassList, models: Models) -> bytes:
-    """PNG of a few samples of the first piece, attacked again; rejected ones are marked, those that can no longer be read left out."""
+    """Attack a few samples of a piece again and draw a PNG. Rejected ones are marked, unreadable ones left out."""
     status = _choose(table.slice(0, piece.count))
     samples = {
         s.source.key: s for s in prepare(piece, recipe, classes) if s.clean is not None and s.source.key in status

@@ -1,4 +1,4 @@
-"""From a source sample to the canvas: step 0 of the method, on the CPU, ahead of the models."""
+"""From a source sample to the canvas (the method's step 0), on the CPU, ahead of the models."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ..recipe import Recipe
 
 @dataclass(frozen=True)
 class Prepared:
-    """A source sample on the canvas, or why it is not."""
+    """A source sample on the canvas, or the problem that kept it from there."""
 
     source: SourceSample
-    clean_bytes: bytes = b""  # as stored
+    clean_bytes: bytes = b""  # the encoded image as stored
     clean: torch.Tensor | None = None  # as a reader will decode it, uint8 [3, S, S]
-    noise: torch.Tensor | None = None  # its random start, float32 [3, S, S]
+    noise: torch.Tensor | None = None  # the random start, float32 [3, S, S]
     views: np.ndarray | None = None  # VIEW records [V]; None for the whole canvas alone
     view_pixels: torch.Tensor | None = None  # the views of `clean`, uint8 [V, 3, S, S]
     problem: str | None = None
 
 
 def prepare_sample(source: SourceSample, recipe: Recipe) -> Prepared:
-    """Decode, canvas, encode and decode again; draw the random start. A bad sample comes out with its problem."""
+    """Decode, bring onto the canvas, encode and decode again; draw the random start. A bad sample gets its problem."""
     if source.problem is not None:
         return Prepared(source, problem=source.problem)
     try:
@@ -49,12 +49,12 @@ def prepare_sample(source: SourceSample, recipe: Recipe) -> Prepared:
 
 
 def prepare(piece: Piece, recipe: Recipe, classes: ClassList) -> Iterator[Prepared]:
-    """The samples of a piece, prepared one after the other."""
+    """Prepare the samples of a piece, one after the other."""
     return (prepare_sample(source, recipe) for source in piece.samples(classes))
 
 
 def batches(samples: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
-    """Lists with ``size`` usable samples each (fewer in the last); unusable ones ride along in their place."""
+    """Cut samples into lists with ``size`` usable ones each (fewer in the last); unusable ones keep their place."""
     batch: list[Prepared] = []
     usable = 0
     for sample in samples:

@@ -1,8 +1,8 @@
-"""The per-shard job: one piece of the source in, two tars and a part file out. Pure: what comes out depends on nothing else.
+"""The per-shard job: one piece of the source in, two tars and a part file out. The result depends on nothing else.
 
-`run_shards` makes one shard after the other and keeps the models busy in between: three batches are in flight, the samples of the
-next are being read and decoded, and finished shards are written, all at the same time. Batches never cross shards, and keep the
-order of the source, so a repeated shard repeats its bytes.
+`run_shards` makes one shard after the other and keeps the models busy in between: three batches are in flight, samples
+of the next are read and decoded, and finished shards are written, all at the same time. Batches never cross shards and
+keep the order of the source, so a repeated shard repeats its bytes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from shards.sources.classes import ClassList
 from shards.views import soft_label_members
 
 from ..recipe import Recipe
-from .batch import AttackedBatch, JudgedBatch, Result, Row, attack_batch, collect, judge_batch
+from .batch import AttackedBatch, JudgedBatch, JudgedSample, Row, attack_batch, collect, judge_batch
 from .models import Models
 from .prepare import Prepared, batches, prepare_sample
 
 Report = Callable[[int, list[Row]], None]  # (shard, rows of a batch that is done)
 BATCHES_AHEAD = 2
-FLUSH = (None, None)  # pushes what is in flight through the remaining stages
+FLUSH = (None, None)  # push the batches in flight through the remaining two stages
 
 
 @dataclass
 class _Shard:
-    """A shard in the making."""
+    """A shard that is being made."""
 
     number: int
     piece: Piece
@@ -51,7 +51,7 @@ class _Shard:
 
 @dataclass
 class _Batch:
-    """A batch on its way through the stages, or, without samples, the end of its shard."""
+    """A batch on its way through the stages; without samples it marks the end of its shard."""
 
     shard: _Shard
     samples: list[Prepared]
@@ -70,7 +70,8 @@ def run_shard(
 ) -> list[Row]:
     """Make one shard and commit it: clean tar, DAD tar, and last its part file. Returns the rows.
 
-    run: fingerprint of the run; report: called with the rows of every finished batch. Raises UserError for a damaged source.
+    run: fingerprint of the run. report: called with the rows of every finished batch.
+    Raises UserError for a damaged source.
     """
     ((_, outcome),) = run_shards([(shard, piece)], recipe, classes, models, out, run, lambda _, rows: report(rows))
     if isinstance(outcome, Exception):
@@ -87,10 +88,10 @@ def run_shards(
     run: str,
     report: Report,
 ) -> Iterator[tuple[int, list[Row] | Exception]]:
-    """Make shards and commit each; yields (shard, its rows, or why it failed) in the order of the work.
+    """Make shards and commit each; yields (shard, its rows or its error) in the order of the work.
 
-    work: (shard, piece), drawn shortly before it is needed; None means that nothing is free now: what is in flight goes on, and is
-    finished once nothing else is to be read. A shard that fails leaves the others alone.
+    work: (shard, piece), drawn shortly before it is needed. None means that no shard is free now: the batches in flight
+    go on, and are finished when nothing else is left to read. A shard that fails does not stop the others.
     """
     threads = recipe.codec_threads or max(1, min(16, usable_cores() // 2))
     with contextlib.ExitStack() as stack:
@@ -102,10 +103,10 @@ def run_shards(
             partial(_judge, models=models),
             partial(_collect, recipe=recipe, report=report),
         )
-        flight: list[_Batch | None] = [None] * len(stages)  # flight[n] has come to stage n
+        flight: list[_Batch | None] = [None] * len(stages)  # flight[n] is at stage n
         written: deque[tuple[_Shard, Future[list[Row]]]] = deque()
         for batch in _all_batches(work, recipe, classes, readers, stack):
-            # The newest first: on a GPU its attack then runs while the CPU waits for the codec of the one before
+            # newest batch first: on a GPU its attack runs while the CPU waits for the codec of the batch before it
             flight = [batch, *flight[:-1]]
             for stage, at in zip(stages, flight, strict=True):
                 if at is not None and at.samples:
@@ -125,9 +126,9 @@ def _all_batches(
     pool: Executor,
     stack: contextlib.ExitStack,
 ) -> Iterator[_Batch | None]:
-    """The batches of all shards, each shard followed by an empty one; None where what is in flight must be finished.
+    """Batches of all shards. An empty batch ends a shard; None asks the caller to finish what is in flight.
 
-    A piece is opened as soon as the one before has been read to its end, while the last batches of that are still to come.
+    The next piece is opened as soon as the one before it has been read to its end, before its last batches are yielded.
     """
     pieces, more = iter(work), True
     feeds: deque[tuple[_Shard, Prefetch[list[Prepared]]]] = deque()
@@ -160,7 +161,7 @@ def _all_batches(
 
 
 def _next_batch(shard: _Shard, feed: Prefetch[list[Prepared]]) -> list[Prepared]:
-    """Empty at the end of a shard, also of one that failed."""
+    """The shard's next batch; empty at its end and after a failure."""
     try:
         return [] if shard.error else next(feed, [])
     except Exception as error:
@@ -173,9 +174,8 @@ def _advance(stage: Callable[[_Batch], None], batch: _Batch) -> None:
         try:
             stage(batch)
         except Exception as error:
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they hold the batch's tensors: the next would not fit the device either
+            # the frames hold the batch's tensors: the next batch would not fit the device either
+            traceback.clear_frames(error.__traceback__)
             batch.shard.error = error
 
 
@@ -190,36 +190,36 @@ def _judge(batch: _Batch, models: Models) -> None:
 
 
 def _collect(batch: _Batch, recipe: Recipe, report: Report) -> None:
-    results = iter(collect(batch.state) if isinstance(batch.state, JudgedBatch) else [])
+    judged = iter(collect(batch.state) if isinstance(batch.state, JudgedBatch) else [])
     shard, batch.state = batch.shard, None
-    rows = [_add(sample, None if sample.clean is None else next(results), shard, recipe) for sample in batch.samples]
+    rows = [_add(sample, None if sample.clean is None else next(judged), shard, recipe) for sample in batch.samples]
     shard.rows.extend(rows)
     report(shard.number, rows)
 
 
-def _add(sample: Prepared, result: Result | None, shard: _Shard, recipe: Recipe) -> Row:
-    """Put a sample into the tars that it belongs in; returns its row."""
+def _add(sample: Prepared, judged: JudgedSample | None, shard: _Shard, recipe: Recipe) -> Row:
+    """Add a sample to the clean tar and, if verified, to the DAD tar; returns its row. judged: None if unusable."""
     key, label = sample.source.key, str(sample.source.label).encode()
     row: Row = {"key": key, "shard": shard.number, "label": sample.source.label}
-    if result is None:
-        reason = str(sample.problem).encode("utf-8", "replace").decode()  # a stranger's names need not be UTF-8
+    if judged is None:
+        reason = str(sample.problem).encode("utf-8", "replace").decode()  # file names of a source need not be UTF-8
         return row | {"status": "error", "reason": reason}
-    row |= result.row
+    row |= judged.row
     if key in shard.keys:
         row |= {"status": "error", "reason": "the key occurs twice in the shard; set source.keys=place"}
     if row["status"] == "error":
         return row
     shard.keys.add(key)
     image = recipe.output.image.format
-    members = {"cls": label, **_soft_labels(result.clean_soft_labels, sample, recipe)}
+    members = {"cls": label, **_soft_labels(judged.clean_soft_labels, sample, recipe)}
     if recipe.output.clean_images:
         members = {image: sample.clean_bytes} | members
     extent = shard.clean.add(key, members)
     row |= {"clean_offset": extent.offset, "clean_size": extent.size, "clean_crc32": extent.crc32}
     if row["status"] == "verified":
-        members = {image: result.image, "cls": label, **_soft_labels(result.dad_soft_labels, sample, recipe)}
+        members = {image: judged.image, "cls": label, **_soft_labels(judged.dad_soft_labels, sample, recipe)}
         if recipe.output.codes:
-            members["codes.npy"] = encode_array(result.codes)
+            members["codes.npy"] = encode_array(judged.codes)
         extent = shard.dad.add(key, members)
         row |= {"dad_offset": extent.offset, "dad_size": extent.size, "dad_crc32": extent.crc32}
     return row
@@ -230,16 +230,15 @@ def _soft_labels(logits: np.ndarray, sample: Prepared, recipe: Recipe) -> dict[s
 
 
 def _commit(shard: _Shard, out: RunDir, run: str) -> list[Row]:
-    """Commit and read back. Raises what the shard failed with."""
+    """Commit a shard and read it back. Raises the error that the shard failed with."""
     if shard.error is not None:
         raise shard.error
     tars = {stream: (tar.close(), tar.samples) for stream, tar in (("clean", shard.clean), ("dad", shard.dad))}
     out.commit(shard.number, shard.rows, tars, source=shard.piece.name, run=run)
-    if why := out.damage(
-        shard.number, run
-    ):  # on another kind of processor, a second worker at it may have put bytes of its own there
+    # a second worker on another kind of processor may have written different bytes to the same files
+    if why := out.damage(shard.number, run):
         out.withdraw(shard.number)
-        raise UserError(f"{why}; somebody else wrote to it at the same time")
+        raise UserError(f"{why}; another worker wrote to it at the same time")
     return shard.rows
 
 

@@ -1,7 +1,7 @@
-"""What every launcher runs, as often as there are devices: load the models once, make shards until none is left.
+"""The worker that every launcher runs, one per device: it loads the models once and makes shards until none is left.
 
-Workers share the shards of a run through the claims in its directory (`manifests.claims`) and through nothing else. So a worker may
-die, come back or join late, on any machine and under any engine, and two commands at once help each other.
+Workers share the shards of a run only through the claims in its directory (`manifests.claims`). So a worker may die,
+come back or start late, on any machine and under any engine, and two commands at once help each other.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .gallery import make_gallery
 from .models import Models, load_models
 from .shard import run_shards
 
-SHOWN = 0  # the gallery shows this shard; a worker draws it, for it has the models at hand
+SHOWN = 0  # the gallery shows samples of this shard; a worker draws it, because workers have the models
 Report = Callable[[list[Row]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a worker is told: picklable, and the same for every worker of a launch."""
+    """The task of a launch, the same for each of its workers. Can be pickled."""
 
     recipe: Recipe
     out: str
@@ -44,7 +44,7 @@ class Work:
 
 
 def unfinished(work: Work, out: RunDir) -> tuple[list[int], dict[int, Failure]]:
-    """The shards of a launch that are still to be made, those that failed least often first and else in its order; and those given up."""
+    """(shards still to make, fewest failures first; shards given up, with their last failure)"""
     done, failed = out.shards_with_parts(), look(out.store).failed.intersection(work.todo)
     failures = {shard: failure for shard in failed - done if (failure := read_failure(out.store, shard))}
     given_up = {shard: failure for shard, failure in failures.items() if failure.tries > work.recipe.launch.retries}
@@ -55,11 +55,11 @@ def unfinished(work: Work, out: RunDir) -> tuple[list[int], dict[int, Failure]]:
 def work_through(
     work: Work, index: int = 0, count: int = 1, models: Models | None = None, report: Report = lambda rows: None
 ) -> None:
-    """Make shards of ``work`` until each is done or given up, by this worker or another; number ``index`` of ``count`` workers.
+    """Make shards of ``work``, as worker ``index`` of ``count``, until each is done or given up by some worker.
 
-    A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises Unwritable when OUT cannot be written to,
-    so that no worker can go on; UserError when this one cannot: models that do not fit its device, or more than ``retries`` shards
-    that failed one after the other for no fault of the source.
+    A shard that fails is recorded with its reason and tried again, here or elsewhere. Raises Unwritable when OUT cannot
+    be written, so that no worker can go on. Raises UserError when this worker cannot: the models do not fit its device,
+    or more than ``retries`` shards in a row failed for no fault of the source.
     """
     out = RunDir(work.out)
     classes, _ = find_classes(work.recipe.source.classes)
@@ -67,15 +67,15 @@ def work_through(
     pace, broken = _Pace(), set[int]()
     with Claims(out.store) as claims:
 
-        def tell(shard: int, rows: list[Row]) -> None:
+        def record(shard: int, rows: list[Row]) -> None:
             report(rows)
             counts = pace.add(shard, rows)
-            claims.tell(
+            claims.update(
                 shard, samples=counts.total(), verified=counts["verified"], rejected=counts["rejected"], rate=pace.rate
             )
 
         free = _free_shards(work, out, claims, pace, index, count)
-        for shard, outcome in run_shards(free, work.recipe, classes, models, out, work.run, tell):
+        for shard, outcome in run_shards(free, work.recipe, classes, models, out, work.run, record):
             problem = outcome if isinstance(outcome, Exception) else None
             pace.forget(shard)
             try:
@@ -84,9 +84,9 @@ def work_through(
                     broken.clear()
                 elif isinstance(problem, Unwritable):
                     raise problem
-                elif isinstance(problem, UserError):  # of the source, for example
+                elif isinstance(problem, UserError):  # a damaged source, for example
                     record_failure(out.store, shard, str(problem))
-                else:  # a GPU may be out of memory once; a worker that fails again and again must not eat every shard
+                else:  # a GPU may run out of memory once, but a broken worker must not use up every shard's retries
                     reason = _reason(problem, work.recipe.batch)
                     record_failure(out.store, shard, reason)
                     broken.add(shard)
@@ -102,9 +102,9 @@ def work_through(
 def _free_shards(
     work: Work, out: RunDir, claims: Claims, pace: _Pace, index: int, count: int
 ) -> Iterator[tuple[int, Piece] | None]:
-    """Claimed shards with their pieces; None when none is free while this worker still has some in flight.
+    """Claim shards and yield them with their pieces; None when none is free while this worker has some in flight.
 
-    Workers begin at different places, and wait for what others are making, in case they die.
+    Workers begin at different places in the list. At its end they wait for shards of others, whose workers may die.
     """
     start = len(work.todo) * index // count
     work = replace(work, todo=work.todo[start:] + work.todo[:start])
@@ -112,12 +112,12 @@ def _free_shards(
         left, _ = unfinished(work, out)
         running = look(out.store).running
         shard = next((shard for shard in left if shard not in running and claims.take(shard)), None)
-        if shard is None:  # a few at random: many workers wait at the end, and each look is a request
+        if shard is None:  # look at a few claims at random: many workers wait at the end, and each look is a request
             claimed = [shard for shard in left if shard in running and shard not in claims.mine]
             shard = next(
                 (shard for shard in random.sample(claimed, min(len(claimed), 8)) if claims.take_over(shard)), None
             )
-        if shard is not None and out.damage(shard, work.run) is None:  # somebody finished it a moment ago
+        if shard is not None and out.damage(shard, work.run) is None:  # another worker has just finished it
             claims.release(shard)
         elif shard is not None:
             yield shard, work.pieces[shard]
@@ -131,13 +131,13 @@ def _free_shards(
 
 
 def _draw_gallery(work: Work, out: RunDir, claims: Claims, classes: ClassList, models: Models) -> None:
-    """By one of the workers, when its shard is there. The shards are worth as much without it."""
+    """Draw the gallery, in one of the workers. Its failure is a note only: the shards do not need it."""
     if SHOWN in out.shards_with_parts() and not out.store.exists(GALLERY) and claims.take(SHOWN):
         try:
             rows, _ = out.part(SHOWN)
             out.store.write(GALLERY, make_gallery(rows, work.pieces[SHOWN], work.recipe, classes, models))
         except Exception as error:
-            note(f"{out.store.where(GALLERY)} could not be drawn: {_told(error)}")
+            note(f"{out.store.where(GALLERY)} could not be drawn: {_message(error)}")
         finally:
             claims.release(SHOWN)
 
@@ -150,7 +150,7 @@ class _Pace:
         self._samples, self._seconds, self._since = 0, 0.0, time.monotonic()
 
     def add(self, shard: int, rows: list[Row]) -> Counter[str]:
-        """The samples of the shard so far."""
+        """Count rows of a shard; returns its samples so far, by status."""
         counts = self._counts.setdefault(shard, Counter())
         counts.update(str(row["status"]) for row in rows)
         now = time.monotonic()
@@ -158,27 +158,28 @@ class _Pace:
         return counts
 
     def forget(self, shard: int) -> None:
-        """Made or failed: if it is tried again, its samples are counted anew."""
+        """Drop a finished or failed shard: if it is tried again, its samples are counted anew."""
         self._counts.pop(shard, None)
 
     def skip(self) -> None:
-        """The time since the last call was spent waiting for others."""
+        """Leave out the time since the last call, which was spent waiting for other workers."""
         self._since = time.monotonic()
 
     @property
     def rate(self) -> float:
-        """Samples per second."""
+        """Samples per second, waiting excluded."""
         return self._samples / self._seconds if self._seconds else 0.0
 
 
 def _reason(error: Exception, batch: int) -> str:
-    """In one line; of memory that has run out, what to change."""
+    """An error in one line; if memory has run out, with what to change."""
     if what := out_of_memory(error):
-        return f"batch: {batch} images do not fit into memory; lower batch (which makes another run: choose another OUT) ({what})"
-    return _told(error)
+        fix = "lower batch (which makes another run: choose another OUT)"
+        return f"batch: {batch} images do not fit into memory; {fix} ({what})"
+    return _message(error)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]

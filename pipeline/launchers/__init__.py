@@ -1,7 +1,8 @@
-"""Who runs the workers: `local` processes, a `slurm` array job, or `ray` actors.
+"""Launchers, which run the workers: `local` processes, a `slurm` array job, or `ray` actors.
 
-A launcher starts workers (`pipeline.job.worker.work_through`), keeps them alive by its engine's own means, and returns when all have
-left. It schedules nothing: the workers share the shards among themselves, and what is done the run directory tells.
+A launcher starts workers (`pipeline.job.worker.work_through`), restarts dead ones by its engine's means, and returns
+when all have ended. It schedules nothing: workers share the shards among themselves, and the run directory says what is
+done.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Callable
 from ..job.worker import Work
 
 Watch = Callable[[], int]
-"""Looks at the run directory, moves the progress bar, and returns how many shards of the launch are done."""
+"""Looks at the run directory, moves the progress bar, and returns the number of shards that are done."""
 Launcher = Callable[[Work, Watch], None]
 
 
 def find_launcher(name: str) -> Launcher:
-    """The launcher of a recipe's ``launch.launcher``. Raises UserError when its package is not installed."""
+    """Find the launcher that ``launch.launcher`` names. Raises UserError when its package is not installed."""
     if name == "slurm":
         from .slurm import launch
     elif name == "ray":

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine, one per GPU, or as many as asked for on the CPU."""
+"""Workers as processes of this machine: one per GPU, or ``launch.workers`` on the CPU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..job.worker import Work, work_through
 from ..recipe import Recipe
 from . import Watch
 
-HOPELESS = 2  # exit status of a worker: nobody can go on
-LEFT = 3  # this one cannot
-LEAVE = 10.0  # seconds for a worker to finish or abandon its batch
+HOPELESS = 2  # exit status of a worker: no worker can go on
+LEFT = 3  # exit status of a worker: this one cannot go on
+LEAVE = 10.0  # seconds that a worker has to finish or abandon its batch
 
 
 def devices(recipe: Recipe) -> list[str]:
-    """The device of each worker."""
+    """The name of each worker's device."""
     names = [recipe.device]
     if recipe.device in ("auto", "cuda") and torch.cuda.is_available():
         names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -38,19 +38,19 @@ def devices(recipe: Recipe) -> list[str]:
 
 @dataclass
 class _Slot:
-    """The place of one worker, and the process that fills it at present."""
+    """The place of one worker, and the process that holds it now."""
 
     process: SpawnProcess
-    complaint: Connection  # the worker's last word, if it ends with a UserError
-    done_before: int  # shards done by anyone when it was started
-    strikes: int = 0  # how often in a row a process of this slot died without any progress
+    complaint: Connection  # gives the worker's error, if it ends with a UserError
+    done_before: int  # number of shards that were done when the process started
+    strikes: int = 0  # number of processes in a row that died in this slot without any progress
 
 
 def launch(work: Work, watch: Watch) -> None:
-    """Run the workers until all have left. One that dies is replaced, unless it keeps dying and nothing gets done.
+    """Run the workers until all have ended. A worker that dies is replaced, unless it keeps dying without progress.
 
-    One that complains (of its device, for example) leaves the work to the others. Raises its complaint when none of them finished the
-    work, and at once when OUT cannot be written.
+    A worker that ends with a UserError (about its device, for example) leaves the work to the others. Raises that error
+    when no worker finished the work, and at once when OUT cannot be written.
     """
     names = devices(work.recipe)
     threads = work.recipe.threads or max(usable_cores() // len(names), 1)
@@ -89,10 +89,9 @@ def _start(work: Work, index: int, count: int, done: int) -> _Slot:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(work, index, count, sending), daemon=True)
-    resource_tracker.ensure_running()  # which unblocks, when it is started
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # a terminal sends Ctrl-C to all; the parent says what to do
+    resource_tracker.ensure_running()  # before the block below: starting it unblocks signals
+    # a terminal sends Ctrl-C to every process; workers ignore it and wait for the parent's SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
     finally:
@@ -128,7 +127,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _leave_with_parent() -> None:
-    """No orphans: whatever ends the parent, kill -9 included, ends its workers. Nothing half-made has a final name."""
+    """End this process with its parent, even after kill -9. That is safe: no half-made file has its final name."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Workers as Ray actors, one per GPU, that keep the models loaded; Ray places them, asks for nodes, and restarts dead ones."""
+"""Workers as Ray actors, one per GPU. Ray places them, asks for nodes, and restarts dead ones."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ except ImportError as error:
         "launch.launcher: ray needs the package ray: pip install 'discrete-adversarial-distillation[ray]'"
     ) from error
 
-RESTARTS = 100  # of one actor, after which Ray gives it up; the shard that kills its workers is given up long before
-LOOK = 2.0  # seconds
+RESTARTS = 100  # restarts of one actor before Ray gives it up; a shard that kills its workers is given up long before
+LOOK = 2.0  # seconds between two looks at the run directory
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 def launch(work: Work, watch: Watch) -> None:
-    """Run the actors until all have left. Nodes need the project and the recipe's files at the same paths.
+    """Run the actors until all have ended. Nodes need the project and the recipe's files at the same paths.
 
-    Joins the cluster of RAY_ADDRESS, or starts Ray on this machine. Raises the complaint of a worker when none of them finished the
-    work, and at once when OUT cannot be written.
+    Connects to the cluster of RAY_ADDRESS, or starts Ray on this machine. Raises a worker's UserError when no worker
+    finished the work, and at once when OUT cannot be written.
     """
     here = not ray.is_initialized()
     if here:
@@ -48,14 +48,14 @@ def _run(work: Work, watch: Watch) -> None:
     count = min(
         work.recipe.launch.workers or gpus or max(int(resources.get("CPU", 1)) // threads, 1), max(len(work.todo), 1)
     )
-    # Asked for by name, a GPU is waited for: the cluster may have none yet and grow
+    # if the recipe names cuda, wait for a GPU: the cluster may have none yet and grow
     device = {"num_gpus": 1} if gpus or work.recipe.device.startswith("cuda") else {"num_cpus": threads}
-    told = ray.put(
+    shared = ray.put(
         replace(work, recipe=replace(work.recipe, threads=threads, codec_threads=work.recipe.codec_threads or threads))
     )
     actor_class = ray.remote(**device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
     actors = [actor_class.remote(str(Path.cwd())) for _ in range(count)]
-    pending = [actor.work.remote(told, index, count) for index, actor in enumerate(actors)]
+    pending = [actor.work.remote(shared, index, count) for index, actor in enumerate(actors)]
     finished, complaint = False, None
     while pending:
         ready, pending = ray.wait(pending, timeout=LOOK)
@@ -71,16 +71,14 @@ def _run(work: Work, watch: Watch) -> None:
                     raise
                 complaint = str(error.cause)
                 click.echo(f"a worker has left: {complaint}", err=True)
-            except (
-                ray.exceptions.RayActorError
-            ) as error:  # others may finish what it could not; what is missing will be named
+            except ray.exceptions.RayActorError as error:  # other workers may still finish its shards
                 click.echo(f"a worker was lost for good: {one_line(error)}", err=True)
     if complaint is not None and not finished:
         raise UserError(complaint)
 
 
 class Worker:
-    """One device. Ray repeats `work` in a new process when this one dies: it does what is then missing."""
+    """An actor on one device. If its process dies, Ray calls `work` again in a new one, which makes what is missing."""
 
     def __init__(self, folder: str) -> None:
         os.chdir(folder)  # the recipe's paths may be relative

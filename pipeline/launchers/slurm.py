@@ -1,7 +1,7 @@
 """Workers as the tasks of a Slurm array job, through submitit; preempted, timed-out and requeued tasks come back.
 
-Slurm schedules, places and requeues; a task that comes back loads the models and goes on with what is missing. Whether the work
-is done the run directory tells, not the state of the job, which a cluster without accounting does not know.
+Slurm schedules, places and requeues; a task that comes back loads the models and goes on with what is missing. The run
+directory says whether the work is done; the job's state does not, because a cluster without accounting forgets it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ except ImportError as error:
         "launch.launcher: slurm needs the package submitit: pip install 'discrete-adversarial-distillation[slurm]'"
     ) from error
 
-FOLDER = Path("runs/slurm")  # logs, and what submitit keeps; on a disk that every node sees
+FOLDER = Path("runs/slurm")  # logs and submitit's files; must be on a disk that every node sees
 TASKS = 8
-LOOK = 5.0  # seconds
+LOOK = 5.0  # seconds between two looks at the queue
 DEFAULTS: dict[str, Any] = {
     "time": 240,
     "signal_delay_s": 90,
@@ -43,17 +43,16 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the array. Slurm's warning (preemption, time limit) makes submitit call `checkpoint` and requeue it."""
+    """One task of the array. At Slurm's warning (preemption, time limit) submitit calls `checkpoint` and requeues."""
 
     work: Path
     index: int
     count: int
 
     def __call__(self) -> None:
-        signal.signal(signal.SIGTERM, _leave)  # submitit would ignore it until Slurm kills
-        work: Work = pickle.loads(
-            self.work.read_bytes()
-        )  # written by the command that submitted this task, in the user's own folder
+        signal.signal(signal.SIGTERM, _leave)  # without it submitit ignores SIGTERM until Slurm kills
+        # safe to unpickle: the command that submitted this task wrote the file, in the user's own folder
+        work: Work = pickle.loads(self.work.read_bytes())
         work_through(work, self.index, self.count)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -63,18 +62,18 @@ class Task:
 def launch(work: Work, watch: Watch) -> None:
     """Submit the array and wait until no task of it is left in the queue.
 
-    Interrupting this cancels the job. When the terminal is lost the job goes on, and the same command joins it.
+    An interrupt cancels the job. If the terminal is lost, the job goes on, and the same command shares its work.
     Raises UserError when Slurm is not there or refuses the options.
     """
     count = min(work.recipe.launch.workers or TASKS, max(len(work.todo), 1))
     FOLDER.mkdir(parents=True, exist_ok=True)
-    told = (FOLDER / f"work-{secrets.token_hex(4)}.pickle").resolve()
-    told.write_bytes(pickle.dumps(work))
+    task_file = (FOLDER / f"work-{secrets.token_hex(4)}.pickle").resolve()
+    task_file.write_bytes(pickle.dumps(work))
     try:
         executor = submitit.SlurmExecutor(folder=FOLDER.resolve())
         executor.update_parameters(**DEFAULTS | work.recipe.launch.slurm | {"array_parallelism": count})
         with executor.batch():
-            jobs = [executor.submit(Task(told, index, count)) for index in range(count)]
+            jobs = [executor.submit(Task(task_file, index, count)) for index in range(count)]
     except (RuntimeError, ValueError, TypeError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"launch.slurm: {_reason(error, work.recipe.launch.slurm)}") from error
     job = jobs[0].job_id.partition("_")[0]
@@ -89,15 +88,15 @@ def launch(work: Work, watch: Watch) -> None:
     except KeyboardInterrupt:
         subprocess.run(["scancel", job], check=False)
         raise
-    told.unlink(missing_ok=True)
+    task_file.unlink(missing_ok=True)
 
 
 def _queued(job: str) -> bool:
-    """Whether a task of the job is waiting or running. A controller that does not answer is asked again."""
-    told = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
-    if told.returncode and "Invalid job id" in told.stderr:  # it has left the controller's memory
+    """Whether a task of the job is waiting or running. Also True when the controller does not answer: ask again."""
+    answer = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    if answer.returncode and "Invalid job id" in answer.stderr:  # the controller has forgotten the finished job
         return False
-    return bool(told.returncode or told.stdout.strip())
+    return bool(answer.returncode or answer.stdout.strip())
 
 
 def _reason(error: Exception, options: dict[str, Any]) -> str:
@@ -108,4 +107,4 @@ def _reason(error: Exception, options: dict[str, Any]) -> str:
 
 
 def _leave(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt  # gives the shard back at once
+    raise KeyboardInterrupt  # releases the claimed shards at once

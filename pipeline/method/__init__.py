@@ -1,1 +1,1 @@
-"""The paper: attack, teacher, discretizer. The one folder of `pipeline` that `trainer` may import, lazily."""
+"""The paper: attack, teacher, discretizer. `trainer` may import this folder of `pipeline` only, and lazily."""

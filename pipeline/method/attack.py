@@ -22,7 +22,7 @@ Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # image
 
 @recipe_dataclass
 class AttackSettings:
-    """How far and how often to step. Lengths are in units of pixel values in [0, 1]; defaults are the paper's, at 224 pixels."""
+    """Size and number of steps. Lengths are in pixel values in [0, 1]; defaults are the paper's, at 224 pixels."""
 
     norm: Literal["l2", "linf"] = "l2"
     """Norm of the ball around Q(x) that the perturbation stays in."""
@@ -33,18 +33,18 @@ class AttackSettings:
     steps: Annotated[int, Field(ge=0)] = 1
     """K. 0: no gradient, the paper's VQGAN-sample baseline (table 11)."""
     random_start: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """p0: probability of starting from a random point of the ball's surface (L2) or of the ball (Linf) instead of from Q(x)."""
+    """p0: probability of starting at a random point of the ball's surface (L2) or of the ball (Linf), not at Q(x)."""
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What the attack made of B images."""
+    """The result of the attack on B images."""
 
     discrete: torch.Tensor  # Q(x), [B, 3, H, W] in [0, 1]
     perturbed: torch.Tensor  # x_K before the second discretization
     adversarial: torch.Tensor  # x'' = Q(x_K)
     codes_discrete: torch.Tensor  # [B, h, w] int64
-    codes: torch.Tensor  # of x''
+    codes: torch.Tensor  # codes of x'', [B, h, w] int64
 
 
 def attack(
@@ -57,9 +57,9 @@ def attack(
 ) -> Attacked:
     """Find discrete adversarial images of the teacher.
 
-    x: images [B, 3, H, W] in [0, 1]; y: labels [B], or for mixed images their distribution, float [B, classes]; noise: the
-    random starts, from `draw_noise` (zero rows start at Q(x)).
-    teacher: differentiable with respect to its input. Nothing is verified here: see `verified`.
+    x: images [B, 3, H, W] in [0, 1]; y: labels [B], or for mixed images their distribution, float [B, classes]; noise:
+    random starts from `draw_noise` (zero rows start at Q(x)).
+    teacher: differentiable with respect to its input. `verified` tells which images it still recognizes.
     """
     with torch.no_grad():
         discrete, codes_discrete = discretizer(x)
@@ -85,10 +85,10 @@ def loss_gradient(x: torch.Tensor, y: torch.Tensor, teacher: Classifier) -> torc
             loss = F.cross_entropy(logits, y, reduction="sum")
         else:
             margin = _margin(logits, y)
-            # CE = log(1 + e^m), so its gradient is sigmoid(m) dm.
-            # Through softmax it would hold p_y - 1, which rounds to 0 from m = -17 on.
+            # CE = log(1 + e^m), so its gradient is sigmoid(m) dm. The gradient through softmax holds p_y - 1 instead,
+            # which rounds to 0 below m = -17.
             loss = (margin.detach().sigmoid() * margin).sum()
-        # not .backward(): the teacher's weights keep requires_grad (open_clip is 10x slower on CPU without) but need no gradient
+        # not .backward(): the weights need no gradient, but keep requires_grad (open_clip is 10x slower on CPU without)
         (gradient,) = torch.autograd.grad(loss, x)
     return gradient.float()
 
@@ -103,22 +103,22 @@ def step(gradient: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
 
 
 def project(delta: torch.Tensor, settings: AttackSettings) -> torch.Tensor:
-    """Bring perturbations back into the eps-ball."""
+    """Project perturbations onto the eps-ball."""
     if settings.norm == "linf":
         return delta.clamp(-settings.eps, settings.eps)
     return delta * (settings.eps / _lengths(delta).clamp(min=1e-12)).clamp(max=1.0)
 
 
 def draw_noise(keys: Sequence[str], shape: Sequence[int], settings: AttackSettings, seed: int) -> torch.Tensor:
-    """Random starts [len(keys), *shape]: with probability p0 a point at distance eps (L2) or of the cube (Linf), else zero.
+    """Draw random starts [len(keys), *shape]: with probability p0 at distance eps (L2) or in the cube (Linf), else 0.
 
-    Seeded by (run seed, key): the same sample gets the same start whatever the shard, the worker or the retry.
+    The seed is (run seed, key): a sample gets the same start whatever the shard, the worker or the retry.
     """
     return torch.stack([_noise(shape, settings, seeded_generator("attack", seed, key)) for key in keys])
 
 
 def verified(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Which images the teacher still classifies as their label: bool [B] from its logits [B, classes] on them as stored."""
+    """Whether the teacher classifies each image as its label: bool [B] from logits [B, classes] on stored images."""
     return logits.argmax(1) == y
 
 
@@ -133,7 +133,7 @@ def _noise(shape: Sequence[int], settings: AttackSettings, generator: torch.Gene
 
 
 def _margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """m = log sum over the other classes of e^z, less z_y: [B] from logits [B, classes]. The cross-entropy is log(1 + e^m)."""
+    """m = log(sum of e^z over the other classes) - z_y: [B] from logits [B, classes]. Cross-entropy is log(1 + e^m)."""
     label = y[:, None] == torch.arange(logits.shape[1], device=logits.device)
     return logits.masked_fill(label, -torch.inf).logsumexp(1) - logits.masked_fill(~label, 0).sum(1)
 

@@ -14,18 +14,18 @@ from manifests import UserError, one_line, recipe_dataclass
 
 @recipe_dataclass
 class DiffusionConfig:
-    """How an image is re-drawn."""
+    """Settings of the image-to-image pipeline."""
 
     strength: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """How far towards noise the image is taken before it is denoised; 1 forgets it."""
+    """Share of noise that is put on the image before denoising; 1 leaves nothing of it."""
     inference_steps: Annotated[int, Field(ge=1)] = 20
-    """Of the whole schedule; the share ``strength`` of it is run."""
+    """Steps of the whole schedule; the pipeline runs ``strength`` of them."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Classifier-free guidance; at most 1 is none, at half the cost."""
+    """Classifier-free guidance; 1 or less: none, at half the cost."""
     prompt: str = ""
-    """The same for all images."""
+    """Text prompt of every image."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of the noise, which is the same for every image: so its result does not depend on its batch."""
+    """Seed of the noise. Every image gets the same noise, so its result does not depend on its batch."""
 
 
 class ImageToImage(nn.Module):
@@ -36,7 +36,9 @@ class ImageToImage(nn.Module):
         self.vae, self.unet, self.text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
         self.config = config
         self.made_from = _made_from(pipeline, config.prompt)  # for the fingerprint
-        self._pipeline = (pipeline,)  # in a tuple: its modules are registered above, it is none itself
+        self._pipeline = (
+            pipeline,
+        )  # in a tuple so that nn.Module does not register it; its parts are registered above
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +56,10 @@ class ImageToImage(nn.Module):
 
 
 def _made_from(pipeline: Any, prompt: str) -> dict[str, Any]:
-    """What decides the function beside weights and recipe: the parts' settings (those in their files: defaults come and go with the
-    library's version), the scheduler's kind, and what the tokenizer makes of the prompt and of the empty one.
+    """Everything beside weights and recipe that decides the function.
+
+    That is the parts' settings (only those in their files, because defaults change with the library's version), the
+    scheduler's kind, and the tokens of the prompt and of the empty prompt.
     """
     settings = {}
     for name in ("scheduler", "unet", "vae"):
@@ -71,7 +75,7 @@ def _made_from(pipeline: Any, prompt: str) -> dict[str, Any]:
 
 
 def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage:
-    """weights: a folder in diffusers' layout, or a model of the Hub; safetensors only. Raises UserError."""
+    """Load safetensors from a folder in diffusers' layout, or a model of the Hub. Raises UserError."""
     if importlib.util.find_spec("diffusers") is None:
         raise UserError(
             "discretizer.kind: diffusion needs the extra: pip install 'discrete-adversarial-distillation[diffusion]'"
@@ -79,15 +83,13 @@ def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage
     if weights is None:
         raise UserError("discretizer.weights: name a folder in diffusers' layout, or a model of the Hub")
     if int(config.strength * config.inference_steps) < 1:
-        raise UserError(
-            f"discretizer.diffusion: strength {config.strength} of {config.inference_steps} inference_steps is less than one step; "
-            "raise one of the two"
-        )
+        steps = f"strength {config.strength} of {config.inference_steps} inference_steps"
+        raise UserError(f"discretizer.diffusion: {steps} is less than one step; raise one of the two")
     from diffusers import StableDiffusionImg2ImgPipeline
 
     try:
         pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(weights, use_safetensors=True, safety_checker=None)
-    except Exception as error:  # whatever diffusers or a download raises
+    except Exception as error:  # diffusers and downloads raise many kinds
         raise UserError(f"discretizer.weights: cannot load {weights}: {one_line(error, 300)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return ImageToImage(pipeline, config).eval()

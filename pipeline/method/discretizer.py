@@ -1,8 +1,8 @@
 """The discretizer Q: encode an image to a grid of codebook entries and decode those. A VQGAN (Esser et al., CVPR 2021).
 
-Encoder and decoder are taming-transformers' own blocks. Its `VectorQuantizer` is not used: it materialises distances and
-a one-hot of [tokens x codes]; `VQGAN.quantize` keeps only the nearest index. Checkpoints keep taming's names
-(``encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*``), so published weights load as they are.
+Encoder and decoder are taming-transformers' blocks. Its `VectorQuantizer` is not used, because it holds distances and a
+one-hot of [tokens x codes] in memory; `nearest_code` keeps only the nearest index. Checkpoints keep taming's names
+(``encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*``), so published weights load unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from manifests.recipe import nearest
 from .diffusion import DiffusionConfig, load_diffusion
 
 RANDOM = "random"
-NEAREST_CHUNK = 8192  # tokens whose distances to all codes are held at once: 8192 x 16384 float32 is 512 MiB
+NEAREST_CHUNK = 8192  # tokens whose distances to all codes are in memory at once: 8192 x 16384 float32 is 512 MiB
 
 
 @recipe_dataclass
@@ -37,7 +37,7 @@ class VQGANConfig:
     attn_resolutions: tuple[int, ...] = (32,)
     resolution: int = 256  # nominal input side, which decides at which depths attention sits
     z_channels: int = 4
-    embed_dim: int = 4  # of a codebook entry
+    embed_dim: int = 4  # length of a codebook entry
     n_embed: int = 16384  # codebook entries
 
     @property
@@ -60,18 +60,17 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
 
 
 def named_config(value: object) -> object:
-    """The shape that a name of `KNOWN`, or a YAML file in taming's layout, stands for; anything else as it is.
+    """Replace a name of `KNOWN`, or a YAML file in taming's layout, by its shape; return anything else unchanged.
 
-    Raises UserError for an unknown name, or a file that describes no VQGAN.
+    Raises UserError for an unknown name, or for a file that describes no VQGAN.
     """
     if not isinstance(value, str):
         return value
     if value in KNOWN:
         return dict(KNOWN[value])
     if not value.endswith((".yaml", ".yml")):
-        raise UserError(
-            f"discretizer.config: no VQGAN is known as {value!r}{nearest(value, list(KNOWN))}; or name taming's YAML file"
-        )
+        hint = f"{nearest(value, list(KNOWN))}; or name taming's YAML file"
+        raise UserError(f"discretizer.config: no VQGAN is known as {value!r}{hint}")
     path = find_file(value, "discretizer.config")
     try:
         params = yaml.safe_load(path.read_text())["model"]["params"]
@@ -93,16 +92,18 @@ NamedConfig = Annotated[VQGANConfig, BeforeValidator(named_config)]
 
 @recipe_dataclass
 class Discretizer:
-    """The VQGAN that turns images into codes and back, or what stands in its place."""
+    """The VQGAN that turns images into codes and back, or a replacement for it."""
 
     kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
-    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion, image to image (paper, table 10)."""
+    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
-    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one of others), or `random`."""
+    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one from others),
+    or `random`."""
     config: NamedConfig = VQGANConfig()
-    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file,
+    or its fields."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
+    """Settings of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
 
 class VQGAN(nn.Module):
@@ -134,7 +135,7 @@ class VQGAN(nn.Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """[n_embed, embed_dim]"""
+        """Codebook entries [n_embed, embed_dim]."""
         return self.get_parameter("quantize.embedding.weight")
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
@@ -165,7 +166,8 @@ class VQGAN(nn.Module):
 def nearest_code(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the nearest codebook entry in L2, in float32 whatever the autocast.
 
-    tokens: [N, D]; codebook: [C, D]. Returns [N] int64. |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change the argmin.
+    tokens: [N, D]; codebook: [C, D]. Returns [N] int64. |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change
+    the argmin.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         codebook = codebook.float()
@@ -176,14 +178,14 @@ def nearest_code(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 class Identity(nn.Module):
-    """No discretization: the attack then makes plain adversarial examples. Codes are empty, [B, 0, 0]."""
+    """No discretization, so that the attack makes plain adversarial examples. Codes are empty, [B, 0, 0]."""
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return images, torch.zeros(len(images), 0, 0, dtype=torch.long, device=images.device)
 
 
 def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqgan") -> nn.Module:
-    """Build the discretizer that a recipe asks for, on the CPU. ``weights="random"`` needs no file: for trying out and measuring.
+    """Build a recipe's discretizer on the CPU. ``weights="random"``, for trials and measurements, needs no file.
 
     Raises UserError for missing, unreadable or unfitting weights.
     """
@@ -210,7 +212,7 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
 
 
 def build_discretizer(settings: Discretizer) -> nn.Module:
-    """The discretizer of a recipe, on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
+    """Build a recipe's discretizer on the CPU. Raises UserError for missing, unreadable or unfitting weights."""
     if settings.kind == "diffusion":
         return load_diffusion(settings.diffusion, settings.weights)
     return load_discretizer(settings.config, settings.weights, settings.kind)

@@ -1,1 +1,1 @@
-"""The Renditions demo: its images, and how its teacher and discretizer were made."""
+"""The Renditions demo: its images, and the training of its teacher and discretizer."""

@@ -1,4 +1,4 @@
-"""``python -m pipeline.renditions``: the demo's world. Users need only ``compose``; the rest made the committed assets."""
+"""``python -m pipeline.renditions``: the demo's images. Users need only ``compose``; the rest made the assets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manifests.command import ProjectGroup
 
 @click.group(cls=ProjectGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Compose the Renditions demo, or rebuild the assets that it comes with."""
+    """Compose the Renditions demo, or rebuild its committed assets."""
 
 
 @main.command()
@@ -20,7 +20,7 @@ def main() -> None:
     default="data/renditions",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Where the image sets go.",
+    help="Folder to write the image sets to.",
 )
 def compose(out: Path) -> None:
     """Compose the image sets (train, val, v2, renditions, sketches) from the glyphs."""
@@ -58,7 +58,7 @@ def train_teacher(steps: int, batch: int, lr: float, seed: int, threads: int) ->
 @click.option("--steps", default=4000, show_default=True)
 @click.option("--batch", default=16, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
-@click.option("--adversarial-from", default=1600, show_default=True, help="Step at which the discriminator joins.")
+@click.option("--adversarial-from", default=1600, show_default=True, help="Step at which the adversarial loss starts.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 def train_discretizer(steps: int, batch: int, lr: float, adversarial_from: int, seed: int, threads: int) -> None:
@@ -72,8 +72,8 @@ def train_discretizer(steps: int, batch: int, lr: float, adversarial_from: int, 
 
 
 @main.command()
-@click.option("--data", default="data/renditions", show_default=True, type=click.Path(path_type=Path))
-def evaluate(data: Path) -> None:
+@click.option("--data", default="data/renditions", show_default=True, metavar="DIR")
+def evaluate(data: str) -> None:
     """Print the teacher's top-1 on every set, on the images and on their discretizations, as in the model card."""
     from .evaluate import evaluation_table
 

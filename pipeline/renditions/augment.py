@@ -1,4 +1,4 @@
-"""Strong colour and texture augmentation that shows the teacher and the discretizer more of the world than students see.
+"""Strong colour and texture augmentation: the teacher and the discretizer see more of the world than students do.
 
 Batched tensor functions on [B, 3, H, W] images in [0, 1]; every choice is made per image.
 """
@@ -23,7 +23,7 @@ def augment(images: torch.Tensor, generator: torch.Generator, strength: float = 
         if chosen.any():
             images[chosen] = change(images[chosen])
 
-    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:  # one number an image
+    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:  # one number per image
         return torch.empty(len(like), 1, 1, 1).uniform_(low, high, generator=generator)
 
     sometimes(0.5, lambda x: x.flip(3))
@@ -40,7 +40,7 @@ def augment(images: torch.Tensor, generator: torch.Generator, strength: float = 
 
 
 def line_art(images: torch.Tensor) -> torch.Tensor:
-    """Dark lines where the brightness or a colour changes, on white: a crude drawing of the same object."""
+    """Draw dark lines on white where the brightness or a colour changes: a crude drawing of the same object."""
     kernel = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
     kernels = torch.stack([kernel, kernel.t()])[:, None].repeat(3, 1, 1, 1)
     gradients = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernels, groups=3)
@@ -55,7 +55,7 @@ def _shuffle_channels(images: torch.Tensor, generator: torch.Generator) -> torch
 
 
 def _mix_colours(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A random linear map of the colour space around grey: changes hue and saturation together."""
+    """Apply a random linear map of the colour space around grey, which changes hue and saturation together."""
     mix = torch.eye(3) + 0.5 * torch.randn(len(images), 3, 3, generator=generator)
     mix = mix / mix.sum(2, keepdim=True).abs().clamp(min=0.5)
     return (torch.einsum("bij,bjhw->bihw", mix, images - 0.5) + 0.5).clamp(0, 1)

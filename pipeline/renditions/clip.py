@@ -1,4 +1,4 @@
-"""The demo teacher's own CLIP: model config, tokenizer and prompts, in the directory layout that open_clip loads as ``local-dir:``."""
+"""The demo teacher's CLIP: model config, tokenizer and prompts, in the folder layout of open_clip's ``local-dir:``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_clip_dir(folder: Path = TEACHER_DIR) -> None:
 
 
 def learn_bpe(sentences: list[str], merges: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding by greedy merging of the most frequent pair (Sennrich et al., 2016); ties break alphabetically."""
+    """Learn a byte-pair encoding: merge the most frequent pair (Sennrich et al., 2016); ties break alphabetically."""
     words = Counter(word for s in sentences for word in s.replace(".", " ").split())
     spelled = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     learned: list[tuple[str, str]] = []

@@ -1,6 +1,6 @@
-"""Compose the demo's image sets from the glyphs: WebDataset tars of JPEG + class index, as any user would bring.
+"""Compose the demo's image sets from the glyphs: WebDataset tars of JPEG + class index, like those of a user.
 
-Every image is seeded by its own key, so the sets are the same in every order (and on every machine of the same kind).
+Every image has a seed made from its key, so the sets are the same in every order (and on every machine of one kind).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = ImageFormat(format="jpg", quality=95)
 
 @dataclass(frozen=True, kw_only=True)
 class SetSpec:
-    """One image set: which styles, how many images of each (style, class) glyph, which scenes."""
+    """One image set: its styles, the number of images of each (style, class) glyph, its scenes."""
 
     styles: tuple[str, ...]
     repeats: int
@@ -53,7 +53,7 @@ EVALUATION = tuple(name for name in SETS if name != "train")
 
 
 def compose(out: Path, names: tuple[str, ...] = tuple(SETS)) -> None:
-    """Write ``out/SET/SET-000000.tar …`` for every set whose ``done`` mark is missing; an interrupted set is composed again."""
+    """Write ``out/SET/SET-000000.tar …`` for every set without a ``done`` file; interrupted sets are made again."""
     glyphs = load_glyphs()
     store = Store(out)
     store.remove_stale_temporaries()
@@ -76,7 +76,7 @@ def compose(out: Path, names: tuple[str, ...] = tuple(SETS)) -> None:
 
 
 def compose_set(name: str, glyphs: dict[str, dict[int, torch.Tensor]]) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """(key, class index, uint8 image [3, 64, 64]) of every image of a set, classes interleaved."""
+    """Compose a set, classes interleaved: (key, class index, uint8 image [3, 64, 64]) of every image."""
     spec = SETS[name]
     members = _members(glyphs, spec)
     for start in range(0, len(members), 256):
@@ -88,7 +88,7 @@ def compose_set(name: str, glyphs: dict[str, dict[int, torch.Tensor]]) -> Iterat
 
 
 def _members(glyphs: dict[str, dict[int, torch.Tensor]], spec: SetSpec) -> list[tuple[int, int, str]]:
-    """(repeat, label, style), so that every tar holds all classes and styles."""
+    """(repeat, label, style) of every image, in an order that puts all classes and styles into every tar."""
     return [
         (repeat, label, style)
         for repeat in range(spec.repeats)

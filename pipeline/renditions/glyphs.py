@@ -1,7 +1,8 @@
 """Build and read the raw drawings of the demo: one RGBA glyph per (style, class), in one tar.
 
 ``python -m pipeline.renditions glyphs`` fetches the icon packages with ``npm pack``, renders each SVG with
-resvg (extra ``[assets]``) and writes ``assets/glyphs.tar`` and ``assets/NOTICE``. Users never run it: the tar is committed.
+resvg (extra ``[assets]``) and writes ``assets/glyphs.tar`` and ``assets/NOTICE``. Users need not run it, because the
+tar is committed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def load_glyphs(path: Path = ASSETS / "glyphs.tar") -> dict[str, dict[int, torch
 
 
 def build_glyphs(out: Path = ASSETS) -> dict[str, int]:
-    """Fetch the packages of `PACKAGES`, render every class of every style; returns glyphs per style."""
+    """Fetch the packages of `PACKAGES` and render every class of every style; returns {style: number of glyphs}."""
     counts = {}
     notice = [
         "The glyphs in glyphs.tar were rendered at 64x64 pixels from the emoji sets below, unchanged otherwise.",
@@ -72,8 +73,8 @@ def _npm_pack(spec: str, folder: Path) -> dict[str, Any]:
 
 
 def _svg(icons: dict[str, Any], style: str, name: str) -> str | None:
-    """The SVG of one icon of an iconify set, following plain aliases; None where the set lacks it."""
-    if style == "fxemoji":  # the only set whose names drop the hyphens
+    """The SVG of one icon of an iconify set, or of its plain alias; None when the set lacks it."""
+    if style == "fxemoji":  # only this set drops the hyphens of its names
         name = name.replace("-", "")
     alias = icons.get("aliases", {}).get(name, {})
     if set(alias) - {"parent"}:

@@ -12,7 +12,7 @@ from .scene import PAPER, TRAIN, V2, SceneStyle, draw_scenes, render_scenes
 
 
 class GlyphSampler:
-    """Draws class-balanced batches from ``styles``, with scenes of every kind, deterministic for a seed."""
+    """Draws batches of random glyphs of ``styles``, with scenes of every kind; a seed repeats them."""
 
     scenes: Sequence[SceneStyle] = (TRAIN, TRAIN, V2, PAPER)
 

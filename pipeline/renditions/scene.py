@@ -1,7 +1,7 @@
 """Compose glyphs into images: a random pose on a random low-frequency background. Pure tensor functions.
 
-Everything random is drawn first (`draw_scenes`), from a generator, and applied afterwards (`render_scenes`), so that one
-image is the same whether it is composed alone or in a batch.
+`draw_scenes` draws all random numbers from a generator; `render_scenes` applies them. So an image is the same whether
+it is composed alone or in a batch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class SceneStyle:
 
 
 TRAIN = SceneStyle()
-# As ImageNet-V2 was collected anew, by another hand: other poses, busier and more colourful backgrounds.
+# plays the part of ImageNet-V2, a new test set by other people: other poses, busier and more colourful backgrounds
 V2 = SceneStyle(scale=(0.5, 0.9), angle=30.0, shift=0.2, shear=0.2, contrast=0.5, brightness=(0.1, 1.0), colourful=0.3)
-# Sketches are ink on paper.
+# sketches are ink on paper
 PAPER = SceneStyle(contrast=0.05, brightness=(0.85, 1.0), colourful=0.03)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """What was drawn at random for B images."""
+    """The random numbers of B images."""
 
     affine: torch.Tensor  # [B, 2, 3], canvas -> glyph coordinates in [-1, 1]
     background: torch.Tensor  # [B, 3, GRID, GRID] in [0, 1]

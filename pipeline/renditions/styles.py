@@ -1,8 +1,8 @@
 """The cast of the Renditions demo: 100 classes and the emoji sets ("styles") that draw them.
 
-As ImageNet-R holds renditions of ImageNet's classes, every style here draws the same classes. Students
-see CLEAN styles only; the teacher has seen TEACHER styles too, as CLIP has seen more of the world than ImageNet; the styles of
-UNSEEN and SKETCH_UNSEEN are seen by neither.
+Every style draws the same classes, as ImageNet-R holds renditions of ImageNet's classes. Students see only the CLEAN
+styles. The teacher has seen all TEACHER styles, as CLIP has seen more of the world than ImageNet. Neither sees the
+styles of UNSEEN and SKETCH_UNSEEN.
 """
 
 CLASSES: tuple[str, ...] = tuple(
@@ -23,7 +23,7 @@ CLASSES: tuple[str, ...] = tuple(
 CLEAN = ("twemoji", "noto", "fluent-emoji-flat")
 SEEN = ("noto-v1", "openmoji", "fxemoji", "emojione")
 UNSEEN = ("emojione-v1", "streamline-emojis")
-# fluent-emoji is a 3-D rendering of the clean fluent-emoji-flat's own drawings, so it is counted apart from UNSEEN.
+# fluent-emoji renders the drawings of the clean fluent-emoji-flat in 3-D, so it does not count as UNSEEN
 RELATED = ("fluent-emoji",)
 SKETCH_SEEN = ("emojione-monotone",)
 SKETCH_UNSEEN = ("fluent-emoji-high-contrast",)
@@ -31,7 +31,7 @@ SKETCH_UNSEEN = ("fluent-emoji-high-contrast",)
 TEACHER = CLEAN + SEEN + SKETCH_SEEN
 STYLES = TEACHER + UNSEEN + RELATED + SKETCH_UNSEEN
 
-# The npm packages the drawings come from, pinned. Licences are read from each package's own info.json.
+# npm packages of the drawings, pinned; each package's info.json names its licence
 PACKAGES: dict[str, str] = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "noto": "@iconify-json/noto@1.2.9",
@@ -49,5 +49,5 @@ PACKAGES: dict[str, str] = {
 
 
 def display_name(name: str) -> str:
-    """Class name as a person writes it: ``"umbrella-with-rain-drops"`` -> ``"umbrella with rain drops"``."""
+    """Write a class name as a person does: ``"umbrella-with-rain-drops"`` -> ``"umbrella with rain drops"``."""
     return name.replace("-", " ")

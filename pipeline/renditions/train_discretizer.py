@@ -1,7 +1,8 @@
 """Train the demo's VQGAN: reconstruction + codebook + commitment + adversarial loss (Esser et al., CVPR 2021, eq. 4-7).
 
-``python -m pipeline.renditions train-discretizer`` writes ``assets/vqgan.safetensors``. The perceptual loss of the original (VGG)
-is left out: its weights cannot ship. Codes that no latent chose for a while restart at a random latent, so that all are used.
+``python -m pipeline.renditions train-discretizer`` writes ``assets/vqgan.safetensors``. The original's perceptual loss
+(VGG) is left out, because its weights cannot ship. Codes that no latent chose for a while restart at a random latent,
+so that all codes are used.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ CONFIG = VQGANConfig(
 )
 COMMITMENT = 0.25  # beta of eq. 4
 ADVERSARIAL = 0.1  # times the adaptive weight of eq. 7
-RESTART_EVERY = 100  # steps
+RESTART_EVERY = 100  # steps between two restarts of unused codes
 
 
 def train_discretizer(
     out: Path = ASSETS / "vqgan.safetensors", *, steps: int, batch: int, lr: float, seed: int, adversarial_from: int
 ) -> None:
-    """Train for ``steps`` batches; the discriminator joins at step ``adversarial_from``. Writes float16 safetensors."""
+    """Train for ``steps`` batches, adversarially from step ``adversarial_from`` on. Writes float16 safetensors."""
     torch.manual_seed(seed)
     vqgan = VQGAN(CONFIG)
     discriminator = NLayerDiscriminator(input_nc=3, ndf=32, n_layers=2).apply(weights_init)

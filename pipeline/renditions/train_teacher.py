@@ -1,8 +1,9 @@
 """Train the demo's teacher: a small CLIP, by image-text contrast with class names in random prompts.
 
-``python -m pipeline.renditions train-teacher`` writes ``assets/teacher/open_clip_model.safetensors``. Every image is contrasted
-with a prompt of each class, not only with the other captions of its batch: at this scale plain in-batch contrast learns too
-slowly. The reverse direction (prompt to the images of its class) is the usual CLIP term with several positives (UniCL, eq. 2-4).
+``python -m pipeline.renditions train-teacher`` writes ``assets/teacher/open_clip_model.safetensors``. The loss
+contrasts every image with a prompt of each class, not only with the captions of its batch, because plain in-batch
+contrast learns too slowly at this scale. The reverse direction (prompt to the images of its class) is the usual CLIP
+term with several positives (UniCL, eq. 2-4).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .styles import CLASSES, TEACHER, display_name
 def contrastive_loss(
     image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Symmetric contrast of B images [B, D] with one prompt per class [C, D] (unit vectors); labels [B] say which prompts match."""
+    """Symmetric contrast of images [B, D] with a prompt per class [C, D], unit vectors; labels [B] name the matches."""
     logits = scale * image_features @ text_features.t()  # [B, C]
     positives = F.one_hot(labels, logits.shape[1]).bool()
     present = positives.any(0)
@@ -60,12 +61,11 @@ def train_teacher(out: Path = TEACHER_DIR, *, steps: int, batch: int, lr: float,
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6052)  # exp = 100, as CLIP
+            model.logit_scale.clamp_(max=4.6052)  # exp(4.6052) = 100, CLIP's limit
         running = 0.98 * running + 0.02 * loss.item()
         if step % 200 == 199:
-            bar.write(
-                f"step {step + 1} loss {running:.3f} scale {model.logit_scale.exp().item():.1f} {(time.time() - started) / 60:.1f} min"
-            )
+            scale, minutes = model.logit_scale.exp().item(), (time.time() - started) / 60
+            bar.write(f"step {step + 1} loss {running:.3f} scale {scale:.1f} {minutes:.1f} min")
             save_weights(model, out)
     save_weights(model, out)
 

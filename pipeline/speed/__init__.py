@@ -1,1 +1,1 @@
-"""Speed of stage 1: measuring it, choosing the batch, forecasting a run, the benchmark and the reference it beats."""
+"""Speed of stage 1: measurements, the batch size, the forecast of a run, the benchmark, the official loop."""

@@ -1,4 +1,4 @@
-"""The batch size found by itself: the smallest that is about as fast as any that fits the device's memory."""
+"""Find the batch size: the smallest that is about as fast as any that fits the device's memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ..job.models import Models
 from ..recipe import Recipe
 from .measure import TrialBatch, bare_calls, timed
 
-ON_CPU = 16  # there, images/s hardly depends on it, and memory does
+ON_CPU = 16  # on a CPU, a larger batch takes more memory and is hardly faster
 LARGEST = 1024
-WORTH_IT = 1.03  # a larger batch must be this much faster
+WORTH_IT = 1.03  # a larger batch must be faster by this factor
 
 
 def resolve_batch(recipe: Recipe, out: RunDir, models: Models | None) -> Recipe:
-    """A recipe whose ``batch`` is a number: its own, that of the run already in ``out``, or the one found on the models' device.
+    """Replace ``batch: 0`` by a number: that of the run already in ``out``, or the best on this device.
 
-    models: None when they will be elsewhere. Raises UserError when nothing says what would fit there, or not even one image does.
+    models: None when the workers run elsewhere. Raises UserError when nothing says what fits there, or when not even
+    one image fits.
     """
     if recipe.batch:
         return recipe
@@ -30,7 +31,8 @@ def resolve_batch(recipe: Recipe, out: RunDir, models: Models | None) -> Recipe:
         return replace(recipe, batch=int(out.info().recipe["batch"]))
     if models is None:
         raise UserError(
-            "batch: 0 is found on the device that will do the work, and that is elsewhere; run `python -m pipeline plan` there"
+            "batch: 0 is measured on the device, and the workers run elsewhere; run `python -m pipeline plan` there, "
+            "and set batch to what it says"
         )
     batch = find_batch(recipe, models)
     click.echo(f"batch: {batch} images per model call", err=True)
@@ -43,10 +45,10 @@ def find_batch(recipe: Recipe, models: Models) -> int:
 
 
 def smallest_that_pays(recipe: Recipe, models: Models) -> int:
-    """The search itself, with the models uncompiled. Raises UserError like `find_batch`.
+    """Search with uncompiled models. Raises UserError like `find_batch`.
 
-    From one size to the next torch.compile would make graphs for any shape, and the run would use those: other bits than those of a
-    process that comes later and compiles for its one size.
+    Compiled models would get graphs for any batch size from the search, and the run would use them; a later process,
+    which compiles for one size only, would then give other bits.
     """
     models = replace(models, compiled=None)
     best, best_speed, batch = 0, 0.0, 1
@@ -58,7 +60,7 @@ def smallest_that_pays(recipe: Recipe, models: Models) -> int:
             best, best_speed = batch, speed
         batch *= 2
     if best > 1 and speed is None and best == batch // 2:
-        best //= 2  # several batches are in flight in a run, one was here
+        best //= 2  # a run has several batches in flight, the search had one
     if not best:
         raise UserError(
             f"device: {models.device}: not even one image of {recipe.canvas} pixels fits its memory beside the models"
@@ -67,7 +69,7 @@ def smallest_that_pays(recipe: Recipe, models: Models) -> int:
 
 
 def images_per_second(recipe: Recipe, models: Models, batch: int, repeats: int = 2) -> float | None:
-    """Speed of the model calls alone, on made-up images; None when the device's memory is too small."""
+    """Speed of the model calls alone, on random images; None when the device's memory is too small."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch, 3, recipe.canvas, recipe.canvas), dtype=torch.uint8, generator=generator)
     try:
@@ -76,7 +78,7 @@ def images_per_second(recipe: Recipe, models: Models, batch: int, repeats: int =
         return batch / min(timed(lambda: bare_calls(trial, recipe, models), models.device) for _ in range(repeats))
     except torch.OutOfMemoryError:
         return None
-    except RuntimeError:  # a kernel that cannot index so much
+    except RuntimeError:  # some kernels cannot index such large tensors
         if models.device.type != "cuda" or batch == 1:
             raise
         return None

@@ -1,7 +1,7 @@
-"""How fast stage 1 is on this machine, all measured in turn in one run (``make bench-generate``).
+"""Speed of stage 1 on this machine, measured in one run (``make bench-generate``).
 
-The bare model calls; the whole job; the device's matrix rate; the official algorithm's loop; and where the time goes. With
-``--weights random`` it needs neither weights nor images, so the paper's full-size models can be measured anywhere.
+It measures the bare model calls, the whole job, the device's matrix rate, the official algorithm's loop, and each part.
+With ``--weights random`` it needs neither weights nor images, so the paper's full-size models can be measured anywhere.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from PIL import Image
 from manifests import RunDir
 from manifests.command import ProjectGroup, set_option
 from shards import decode_image, encode_image
-from shards.sources import Piece, SourceSample, plan_source
+from shards.sources import Piece, SourceSample
 from shards.sources.classes import ClassList, find_classes
 from shards.sources.folder import FolderPiece
 
 from ..job.models import Models, load_models
 from ..job.prepare import prepare_sample
 from ..job.shard import run_shards
-from ..recipe import Recipe, load
+from ..recipe import Recipe, load, source_of
 from .batch_size import find_batch
 from .measure import TrialBatch, bare_calls, busy_share, count_flops, device_name, matrix_rate, model_parts, timed
 from .reference import reference_batch
 
 RANDOM = ("teacher.weights=random", "discretizer.weights=random")
-PICTURE = (500, 375)  # pixels of a made-up photograph: ImageNet's mean size, about 110 kB
+PICTURE = (500, 375)  # pixels of a random picture: ImageNet's mean size, about 110 kB
 
 
 @dataclass(frozen=True)
 class First:
-    """The beginning of a piece."""
+    """The first ``count`` samples of a piece."""
 
     piece: Piece
     count: int
@@ -63,17 +63,19 @@ class First:
     type=click.Choice(["recipe", "random"]),
     default="recipe",
     show_default=True,
-    help="random: no files needed.",
+    help="random: needs no files.",
 )
 @click.option(
     "--images",
     default=500,
     show_default=True,
-    help="To measure with, from the recipe's source (made up when weights are random).",
+    help="Images to measure with, from the recipe's source (random ones with --weights random).",
 )
-@click.option("--repeats", default=3, show_default=True, help="Measurements of each; the fastest counts.")
+@click.option("--repeats", default=3, show_default=True, help="Number of measurements of each; the fastest counts.")
 @click.option("--reference/--no-reference", default=True, help="Time the official algorithm's loop too.")
-@click.option("--agreement", is_flag=True, help="Also: how often bf16 and fp32 give the same codes and verdicts.")
+@click.option(
+    "--agreement", is_flag=True, help="Also measure how often bf16 and fp32 give the same codes and verdicts."
+)
 @set_option
 def main(
     recipe: str, weights: str, images: int, repeats: int, reference: bool, agreement: bool, overrides: tuple[str, ...]
@@ -87,10 +89,8 @@ def main(
         if weights == "random":
             piece: Piece = made_up_piece(Path(folder), min(images, 64), images)
         else:
-            first = plan_source(settings.source.data, classes, settings.source.shard_size, settings.source.keys).pieces[
-                0
-            ]
-            piece = First(first, min(images, first.count))
+            source = source_of(settings, classes)
+            piece = First(source.pieces[0], min(images, source.pieces[0].count))
         models = load_models(settings, classes)
         settings = replace(settings, batch=settings.batch or find_batch(settings, models))
         models = replace(models, batch=settings.batch)
@@ -100,7 +100,7 @@ def main(
 
 
 def made_up_piece(folder: Path, files: int, count: int) -> Piece:
-    """``count`` samples out of ``files`` different JPEGs of smooth noise, at the size of a photograph."""
+    """Make ``count`` samples from ``files`` different JPEGs of smooth noise, at the size of a photograph."""
     rng = np.random.default_rng(0)
     for i in range(files):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
@@ -108,7 +108,7 @@ def made_up_piece(folder: Path, files: int, count: int) -> Piece:
         )
         noisy = np.asarray(coarse, np.int16) + rng.integers(-34, 35, (*PICTURE[::-1], 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
-    # the same file may come again: a key of its own keeps the samples apart
+    # links to the same file have names of their own, so that their keys differ
     for n in range(files, count):
         (folder / f"{n}.jpg").symlink_to(folder / f"{n % files}.jpg")
     return FolderPiece(root=str(folder), name="made up", files=tuple((f"{n}.jpg", 0) for n in range(count)))
@@ -142,19 +142,17 @@ def _report(
         best = {name: min(timed(run, device) for _ in range(repeats)) / images for name, (run, images) in runs.items()}
     rate = matrix_rate(device, bf16=models.bf16)
     total = sum(flops.values())
+    number_format = "bf16" if models.bf16 else "fp32"
     click.echo(
-        f"{device_name(device)}, recipe {recipe}, batch {settings.batch}, {settings.precision}, torch {torch.__version__}"
+        f"{device_name(device)}, recipe {recipe}, batch {settings.batch}, {number_format}, torch {torch.__version__}"
     )
     click.echo(f"bare model calls: {1 / best['bare']:8.2f} images/s")
     click.echo(
         f"whole job:        {1 / best['whole']:8.2f} images/s = {best['bare'] / best['whole']:.2f} of the bare calls"
     )
-    click.echo(
-        f"                  {total / best['whole'] / 1e12:8.2f} TFLOP/s = {total / best['whole'] / rate:.2f} of this device's matrix rate"
-    )
-    click.echo(
-        f"matrix rate:      {rate / 1e12:8.2f} TFLOP/s ({'bf16' if models.bf16 else 'fp32'}); {total / 1e9:,.1f} GFLOP an image"
-    )
+    done = total / best["whole"]
+    click.echo(f"                  {done / 1e12:8.2f} TFLOP/s = {done / rate:.2f} of this device's matrix rate")
+    click.echo(f"matrix rate:      {rate / 1e12:8.2f} TFLOP/s ({number_format}); {total / 1e9:,.1f} GFLOP an image")
     if reference:
         times = best["reference"] / best["whole"]
         click.echo(
@@ -182,14 +180,14 @@ def _report(
 
 
 def _first_batch(piece: Piece, settings: Recipe, classes: ClassList) -> tuple[list[SourceSample], torch.Tensor]:
-    """The first samples of a piece, and the canvas views of those that can be read: uint8 [B, 3, S, S]."""
+    """The first samples of a piece, and the readable ones on the canvas, uint8 [B, 3, S, S]."""
     sources = list(itertools.islice(piece.samples(classes), settings.batch))
     prepared = [prepare_sample(sample, settings) for sample in sources]
     return sources, torch.stack([sample.clean for sample in prepared if sample.clean is not None])
 
 
 def _report_agreement(settings: Recipe, classes: ClassList, models: Models, piece: Piece) -> None:
-    """bf16 beside fp32 on the same images: codes of Q(x), and the verdict of the whole method."""
+    """Compare bf16 with fp32 on the same images: codes of Q(x), and the verdicts of the whole method."""
     found: list[dict[str, str]] = []
     codes: list[torch.Tensor] = []
     for bf16 in (True, False):

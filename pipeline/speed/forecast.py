@@ -1,4 +1,4 @@
-"""What a run will take, before anything is spent: ``python -m pipeline plan``. Everything is looked at; nothing is written."""
+"""The forecast of a run: its cost and what it lacks (``python -m pipeline plan``). Reads everything, writes nothing."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from manifests.devices import choose_device, usable_cores
 from manifests.rundir import RUN
 from shards import encode_image
 from shards.codec import to_float, to_uint8
-from shards.sources import SourcePlan, plan_source
+from shards.sources import ImageSource
 from shards.sources.classes import ClassList, find_classes
 from shards.tar import BLOCK
 from shards.views import soft_label_members
 
-from ..job.models import Models, compile_models, join
+from ..job.models import Models, compile_models, models_on_device, resolve_precision
 from ..job.prepare import Prepared, prepare_sample
 from ..method.discretizer import build_discretizer
 from ..method.teacher import RANDOM, load_teacher
-from ..recipe import Recipe
+from ..recipe import Recipe, source_of
 from .batch_size import images_per_second, resolve_batch
 from .measure import TrialBatch, count_flops, device_name, model_parts, timed
 
 T = TypeVar("T")
-LOOKED_AT = 32  # source samples that are decoded
-DISCRETIZED = 4  # of these, to see what Q does to their size in bytes; some seconds of a CPU
+LOOKED_AT = 32  # number of source samples that are decoded
+DISCRETIZED = 4  # number of those that Q discretizes, to compare sizes in bytes; takes a CPU some seconds
 
 
 @dataclass
 class Forecast:
-    """What is known so far, and what stands in the way."""
+    """The lines known so far, and what is missing."""
 
     lines: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # each with its fix
+    missing: list[str] = field(default_factory=list)  # one line each, with the fix
 
     def attempt(self, step: Callable[[], T]) -> T | None:
-        """The step's result, or None; why it failed joins what is missing."""
+        """Run a step. If it fails, add its message to what is missing, and return None."""
         try:
             return step()
         except UserError as error:
@@ -51,28 +51,26 @@ class Forecast:
 
 
 def forecast(recipe: Recipe, out: str) -> Forecast:
-    """Images, work per image, speed on this device, hours, bytes; and everything that is missing, with the fix."""
+    """Forecast images, work per image, speed on this device, hours, bytes; and list what is missing, with the fix."""
     found = Forecast()
     classes = found.attempt(lambda: find_classes(recipe.source.classes)[0])
     source = None
     if classes is not None:
-        source = found.attempt(
-            lambda: plan_source(recipe.source.data, classes, recipe.source.shard_size, recipe.source.keys)
-        )
+        source = found.attempt(lambda: source_of(recipe, classes))
         found.lines.append(f"classes     {len(classes.names):,} ({recipe.source.classes})")
     if source is not None:
-        about = "" if source.exact else "about "
-        found.lines.append(
-            f"source      {about}{source.samples:,} images in {len(source.pieces):,} shards ({source.kind}: {recipe.source.data})"
-        )
-    models, stand_in = _models(recipe, classes, found)
+        images = f"{'' if source.exact else 'about '}{source.samples:,} images in {len(source.pieces):,} shards"
+        found.lines.append(f"source      {images} ({source.kind}: {recipe.source.data})")
+    device = found.attempt(lambda: choose_device(recipe.device))
+    if device is not None:
+        recipe = found.attempt(lambda: resolve_precision(recipe, RunDir(out), str(device))) or recipe
+    models, stand_in = _models(recipe, classes, device, found)
     if models is not None:
         speed = _speed_lines(recipe, models, out, found, stand_in)
         if source is not None:
-            time = datetime.timedelta(seconds=round(source.samples / speed))
-            found.lines.append(
-                f"time        {time} for {source.samples:,} images on this device ({source.samples / speed / 3600:,.2f} hours)"
-            )
+            seconds = source.samples / speed
+            time, hours = datetime.timedelta(seconds=round(seconds)), f"{seconds / 3600:,.2f} hours"
+            found.lines.append(f"time        {time} for {source.samples:,} images on this device ({hours})")
     if source is not None and classes is not None:
         found.lines += (
             found.attempt(lambda: list(_source_lines(recipe, source, classes, None if stand_in else models, found)))
@@ -80,15 +78,14 @@ def forecast(recipe: Recipe, out: str) -> Forecast:
         )
     run = RunDir(out)
     if run.store.exists(RUN):
-        found.lines.append(
-            f"output      {out}: a run is there already; `python -m pipeline status {out}` says how far it is"
-        )
+        found.lines.append(f"output      {out}: a run is there already; see `python -m pipeline status {out}`")
     return found
 
 
-def _models(recipe: Recipe, classes: ClassList | None, found: Forecast) -> tuple[Models | None, bool]:
-    """The models, with random weights in place of those that are missing (speed does not depend on them); and whether any are."""
-    device = found.attempt(lambda: choose_device(recipe.device))
+def _models(
+    recipe: Recipe, classes: ClassList | None, device: torch.device | None, found: Forecast
+) -> tuple[Models | None, bool]:
+    """(The models, whether random weights stand in for missing ones.) Speed does not depend on the weights."""
     if classes is None or device is None:
         return None, False
     before = len(found.missing)
@@ -99,12 +96,12 @@ def _models(recipe: Recipe, classes: ClassList | None, found: Forecast) -> tuple
     teacher = teacher or silent.attempt(lambda: load_teacher(replace(recipe.teacher, weights=RANDOM), classes, device))
     if teacher is None or discretizer is None:
         return None, True
-    models = found.attempt(lambda: join(teacher, discretizer, replace(recipe, compile=False), device))
+    models = found.attempt(lambda: models_on_device(teacher, discretizer, replace(recipe, compile=False), device))
     return models, len(found.missing) > before
 
 
 def _speed_lines(recipe: Recipe, models: Models, out: str, found: Forecast, stand_in: bool) -> float:
-    """Adds work per image and speed; returns images/s."""
+    """Add the lines on work per image and speed; returns images/s."""
     one = TrialBatch.of(_noise(1, recipe.canvas), recipe, models)
     parts = model_parts(one, recipe, models)
     flops = {part.name: part.times * count_flops(part.call) for part in parts}
@@ -112,13 +109,12 @@ def _speed_lines(recipe: Recipe, models: Models, out: str, found: Forecast, stan
     found.lines.append(f"work        {sum(flops.values()) / 1e9:,.1f} GFLOP an image: {work}")
     batch = (found.attempt(lambda: resolve_batch(recipe, RunDir(out), models)) or replace(recipe, batch=1)).batch
     if models.device.type != "cuda":
-        batch = min(batch, max(1, round(5e12 / sum(flops.values()))))  # some seconds of a CPU
+        batch = min(batch, max(1, round(5e12 / sum(flops.values()))))  # takes a CPU some seconds
     eager = images_per_second(recipe, models, batch)
     speed, note = eager or 0.0, ""
     if eager is None:
-        found.missing.append(
-            f"batch: {batch} images do not fit the memory of {models.device}; --set batch=0 finds the largest that pays"
-        )
+        fix = "--set batch=0 measures which size does"
+        found.missing.append(f"batch: {batch} images do not fit the memory of {models.device}; {fix}")
         speed = images_per_second(recipe, models, 1) or 1e-9
     elif models.device.type == "cuda":
         compiled = images_per_second(recipe, compile_models(models), batch) or 0.0
@@ -129,15 +125,13 @@ def _speed_lines(recipe: Recipe, models: Models, out: str, found: Forecast, stan
             note += f" (--set compile={str(better).lower()})"
         speed = compiled if recipe.compile else eager
     stand = " (random weights stand in for what is missing)" if stand_in else ""
-    found.lines.append(
-        f"speed       {speed:,.2f} images/s, {speed * sum(flops.values()) / 1e12:,.2f} TFLOP/s on {device_name(models.device)}, "
-        f"batch {batch}, {recipe.precision}{note}{stand}"
-    )
+    rate = f"{speed:,.2f} images/s, {speed * sum(flops.values()) / 1e12:,.2f} TFLOP/s on {device_name(models.device)}"
+    found.lines.append(f"speed       {rate}, batch {batch}, {recipe.precision}{note}{stand}")
     return speed
 
 
 def _source_lines(
-    recipe: Recipe, source: SourcePlan, classes: ClassList, models: Models | None, found: Forecast
+    recipe: Recipe, source: ImageSource, classes: ClassList, models: Models | None, found: Forecast
 ) -> Iterator[str]:
     samples = found.attempt(lambda: source.first_samples(classes, LOOKED_AT)) or []
     prepared: list[Prepared] = []
@@ -162,16 +156,17 @@ def _source_lines(
     growth = _growth(good[:DISCRETIZED], recipe, models) if models else 1.0
     dad = (labels + growth * image + (_member(128 + 2 * side * side) if codes else 0)) * source.samples
     manifest = _bytes(100 * source.samples)
-    yield f"output      clean {_bytes(clean)}, DAD up to {_bytes(dad)} (if all images are verified), a manifest of about {manifest}"
+    most = f"DAD up to {_bytes(dad)} (if all images are verified)"
+    yield f"output      clean {_bytes(clean)}, {most}, a manifest of about {manifest}"
 
 
 def _member(size: float) -> float:
-    """Bytes that a member of so many takes in a tar, with its header."""
+    """Bytes that a member of ``size`` bytes takes in a tar, with its header."""
     return BLOCK + -(-size // BLOCK) * BLOCK
 
 
 def _growth(samples: list[Prepared], recipe: Recipe, models: Models) -> float:
-    """Bytes of Q(x) over those of x, both as stored: x'' is about as large as Q(x)."""
+    """Stored bytes of Q(x) over stored bytes of x. x'' is about as large as Q(x)."""
     pixels = torch.stack([sample.clean for sample in samples if sample.clean is not None])
     with torch.no_grad():
         discrete, _ = models.discretizer(to_float(models.send(pixels)))

@@ -1,4 +1,4 @@
-"""Measuring stage 1's parts on this machine: seconds, floating-point operations, and the rate of the matrix units to hold them against."""
+"""Measure stage 1's parts on this machine: seconds, floating-point operations, and the rate of its matrix units."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Part:
     """One kind of model call of the method."""
 
     name: str
-    times: int  # it is called for an image
-    call: Callable[[], object]  # on a whole batch
+    times: int  # number of calls for an image
+    call: Callable[[], object]  # runs it on a whole batch
 
 
 @dataclass(frozen=True)
 class TrialBatch:
-    """Images to measure with; their content does not matter to the speed."""
+    """Images to measure with; speed does not depend on their content."""
 
     x: torch.Tensor  # [B, 3, S, S] in [0, 1]
     y: torch.Tensor  # [B]
@@ -36,7 +36,7 @@ class TrialBatch:
 
     @classmethod
     def of(cls, pixels: torch.Tensor, recipe: Recipe, models: Models) -> TrialBatch:
-        """pixels: uint8 [B, 3, S, S] on the CPU."""
+        """Make a batch on the models' device. pixels: uint8 [B, 3, S, S] on the CPU."""
         keys = [f"trial-{i}" for i in range(len(pixels))]
         noise = draw_noise(keys, pixels.shape[1:], recipe.attack, recipe.seed)
         return cls(
@@ -48,7 +48,7 @@ class TrialBatch:
 
 
 def model_parts(batch: TrialBatch, recipe: Recipe, models: Models) -> list[Part]:
-    """The model calls that the method makes for every image (DESIGN.md, steps 1 to 6)."""
+    """The model calls that the method makes for every image."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -66,13 +66,13 @@ def model_parts(batch: TrialBatch, recipe: Recipe, models: Models) -> list[Part]
 
 
 def teacher_forwards(recipe: Recipe) -> int:
-    """Of one image: on x and x'', on views of both, and on the attacked image where its loss is recorded."""
+    """Teacher forwards per image: on x and x'', on views of both, and on the attacked image if its loss is recorded."""
     views = recipe.views.count if recipe.views.count > 1 else 0
     return 2 + 2 * views + recipe.output.attacked_loss
 
 
 def bare_calls(batch: TrialBatch, recipe: Recipe, models: Models) -> None:
-    """All model calls of one batch, and nothing else."""
+    """Run all model calls of one batch, and nothing else."""
     attacked = attack(batch.x, batch.y, models.teacher, models.discretizer, recipe.attack, batch.noise)
     with torch.no_grad():
         for _ in range(teacher_forwards(recipe)):
@@ -87,7 +87,7 @@ def count_flops(call: Callable[[], object]) -> int:
 
 
 def matrix_rate(device: torch.device, *, bf16: bool, seconds: float = 2.0) -> float:
-    """FLOP/s of large square matrix products on this device: what its matrix units give in practice."""
+    """FLOP/s of large square matrix products on this device: what its matrix units reach in practice."""
     side = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if bf16 else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -102,7 +102,7 @@ def matrix_rate(device: torch.device, *, bf16: bool, seconds: float = 2.0) -> fl
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, with everything that it started on the device."""
+    """Seconds that a call takes, including all work that it starts on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def busy_share(call: Callable[[], object], device: torch.device) -> float | None
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals, sorted by their beginnings."""
+    """Length of the union of intervals that are sorted by their beginnings."""
     total, reached = 0.0, float("-inf")
     for begin, end in spans:
         total += max(0.0, end - max(begin, reached))

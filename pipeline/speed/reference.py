@@ -1,7 +1,7 @@
-"""The official algorithm's loop, for comparison only: float32, one batch after the other, image files written in the loop.
+"""The official algorithm's loop, only to be timed: float32, one batch after the other, image files written in the loop.
 
-Written from a description of what DAD's published generator does (Q of the batch, one draw of the random start per batch, one
-step of 0.1 on the teacher's cross-entropy, Q again, the teacher once more, one file per image). It is timed, never used.
+It follows a description of DAD's published generator: Q of the batch, one draw of the random start per batch, one step
+of 0.1 on the teacher's cross-entropy, Q again, the teacher once more, one file per image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def reference_batch(x: torch.Tensor, y: torch.Tensor, teacher: nn.Module, discre
 
 
 def _discretize(x: torch.Tensor, discretizer: nn.Module) -> torch.Tensor:
-    """Q with taming's quantizer: all distances at once, and the codes as one-hot rows times the codebook."""
+    """Q as taming quantizes: all distances at once, then one-hot rows times the codebook."""
     if not isinstance(discretizer, VQGAN):
         return x
     latents = discretizer.latents(x).permute(0, 2, 3, 1)

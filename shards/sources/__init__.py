@@ -1,10 +1,32 @@
-"""Where the labelled images come from: an ImageFolder, WebDataset tars, or Parquet files, local or behind any fsspec URL.
+"""The one reader of people's images, for all uses: an ImageFolder, WebDataset tars, or Parquet files, local or behind any fsspec URL.
 
-`plan_source` cuts a source into pieces that become shards, from listings, tar headers and Parquet footers alone; `Piece.samples` reads
-one piece. Keys depend on the names in the source, labels on the class list; neither on the order of listing.
+- `find_source` cuts a source into pieces that become shards, from listings, tar headers and Parquet footers alone; `Piece.samples` reads
+  one piece.
+- `open_set` opens a labelled set for measuring: `ImageSet.check` reads headers and labels, `ImageSet.pictures` every image.
+- `find_layout` tells the layouts apart; `places` of a layout say where each key lies, for runs that store labels only.
+
+Keys depend on the names in the source, labels on the class list (`classes`); neither on the order of listing.
 """
 
-from .pieces import SourcePlan, plan_source
-from .sample import Piece, SourceSample
+from .classes import ClassList, classes_for, find_classes, load_classes
+from .files import NoSuchFile
+from .image_set import ImageSet, Picture, open_set
+from .pieces import ImageSource, find_layout, find_source
+from .sample import Piece, Place, SourceSample
 
-__all__ = ["Piece", "SourcePlan", "SourceSample", "plan_source"]
+__all__ = [
+    "ClassList",
+    "ImageSet",
+    "ImageSource",
+    "NoSuchFile",
+    "Picture",
+    "Piece",
+    "Place",
+    "SourceSample",
+    "classes_for",
+    "find_classes",
+    "find_layout",
+    "find_source",
+    "load_classes",
+    "open_set",
+]

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from manifests import Store, UserError
 from manifests.files.locations import check_location
 
 PIPE = "pipe:"
+VERSIONS = (
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)  # what stores call a file's version
+
+
+class NoSuchFile(UserError):
+    """A source that is not there. Whoever knows the field that names it says which to set."""
 
 
 def expand(data: str) -> list[str]:
@@ -23,10 +37,10 @@ def expand(data: str) -> list[str]:
     try:
         urls = expand_urls(data)
     except ValueError as error:
-        raise UserError(f"source.data: {data}: {error}; write ranges as {{000000..000127}}") from error
+        raise UserError(f"{data}: {error}; write ranges as {{000000..000127}}") from error
     for url in urls:
         if not url.startswith(PIPE):
-            check_location(url, "source.data")
+            check_location(url)
     return [str(Path(url).expanduser()) if "://" not in url and not url.startswith(PIPE) else url for url in urls]
 
 
@@ -88,5 +102,30 @@ def common_extension(urls: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 and found <= {"tar", "parquet"} else None
 
 
+def stamps(urls: Sequence[str]) -> list[tuple[str, int, object]]:
+    """(name, bytes, version) of each file, by which a changed file is noticed: local files by their time of change in nanoseconds.
+
+    Raises UserError when a file is missing.
+    """
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(_stamp, urls))
+
+
+def _stamp(url: str) -> tuple[str, int, object]:
+    store = store_of(url)
+    try:
+        if store.is_local:
+            found = Path(store.root, file_name(url)).stat()
+            return file_name(url), found.st_size, found.st_mtime_ns
+        return file_name(url), *version(store.info(file_name(url)))
+    except FileNotFoundError as error:
+        raise _missing(url) from error
+
+
+def version(entry: Mapping[str, Any]) -> tuple[int, str]:
+    """(bytes, version) of a remote file, from what fsspec says of it: its ETag, else its time of change."""
+    return int(entry.get("size") or 0), str(next((entry[name] for name in VERSIONS if entry.get(name)), ""))
+
+
 def _missing(url: str) -> UserError:
-    return UserError(f"source.data: {url}: no such file; set DATA (or --set source.data=…) to what is there")
+    return NoSuchFile(f"{url}: no such file")

@@ -22,8 +22,9 @@ from shards.canvas import IMAGE_EXTENSIONS
 from shards.tar import clean_key
 
 from ..prefetch import map_in_order
-from .classes import ClassList
-from .sample import Fingerprint, Piece, SourceSample, key_hashes, refuse_repeated
+from .classes import ClassList, repeated
+from .files import version
+from .sample import Fingerprint, Piece, Place, SourceSample, key_hashes, refuse_repeated
 
 READERS = 32  # files fetched at once, ahead of the decoders: at 30 ms a GET, one after the other would be 33 images/s
 LOOKED_AT = 64  # files whose content enters the fingerprint
@@ -41,9 +42,16 @@ class FolderPiece:
     def count(self) -> int:
         return len(self.files)
 
-    def samples(self, classes: ClassList) -> Iterator[SourceSample]:
+    def samples(self, classes: ClassList, part: int = 0, parts: int = 1) -> Iterator[SourceSample]:
         with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
-            yield from map_in_order(pool, partial(_sample, Store(self.root)), self.files, READERS)
+            yield from map_in_order(pool, partial(_sample, Store(self.root)), self.files[part::parts], READERS)
+
+    def called(self, number: int, key: str) -> str:
+        return self.files[number][0]
+
+    def headers(self, classes: ClassList) -> Iterator[SourceSample]:
+        for file, label in self.files:
+            yield SourceSample(folder_key(file), b"", label)
 
 
 def _sample(store: Store, entry: tuple[str, int]) -> SourceSample:
@@ -92,38 +100,20 @@ class FolderPieces(Sequence[Piece]):
 
     def _name(self, i: int) -> str:
         begin = int(self._ends[i - 1]) if i else 0
-        return self._names[begin : int(self._ends[i])].decode("utf-8", "surrogateescape")
+        return _text(self._names[begin : int(self._ends[i])])
 
 
-def plan_folder(root: str, classes: ClassList, shard_size: int) -> tuple[Sequence[Piece], int, str]:
+def cut_folder(root: str, classes: ClassList, shard_size: int) -> tuple[Sequence[Piece], int, str]:
     """The pieces of an ImageFolder, the number of its images, and a fingerprint of names, labels and the content of `LOOKED_AT` files.
 
-    The fingerprint tells other images under the same names apart unless only a few were replaced: a tenth goes unnoticed once in 800 times.
-
-    Raises UserError for a folder that is no class, with the nearest, and for files that differ in their ending only.
+    The fingerprint differs for other images under the same names, unless only a few were replaced: replacing a tenth goes unnoticed
+    once in 800 times. Raises UserError as `list_folder` does, and for files that differ in their ending only.
     """
-    labels = {folder: label for label, folder in enumerate(classes.folders)}
-    names: list[bytes] = []
-    numbers: list[int] = []
-    hashes: list[np.ndarray] = [np.empty(0, np.uint64)]
-    skipped = 0
-    for folder, files in _class_folders(root):
-        if folder not in labels:
-            raise UserError(
-                f"source.data: {root}/{folder}: this folder is not in the class list{nearest(folder, classes.folders)} "
-                "(add it to source.classes under `folders`)"
-            )
-        images = sorted(
-            file for file in files if file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "/." not in file
-        )
-        skipped += len(files) - len(images)
-        hashes.append(key_hashes(folder_key(file) for file in images))
-        names += [file.encode("utf-8", "surrogateescape") for file in images]
-        numbers += [labels[folder]] * len(images)
+    names, numbers, skipped = list_folder(root, classes)
     if skipped:
         note(f"{root}: {skipped} files are left out, they are hidden or no images ({', '.join(IMAGE_EXTENSIONS)})")
     refuse_repeated(
-        np.concatenate(hashes),
+        key_hashes(folder_key(_text(name)) for name in names),
         lambda i: (folder_key(names[i].decode(errors="replace")), f"{root}/{names[i].decode(errors='replace')}"),
     )
     # Shards of one class each would make batches of one class; a fixed shuffle by name spreads them.
@@ -131,11 +121,70 @@ def plan_folder(root: str, classes: ClassList, shard_size: int) -> tuple[Sequenc
     names, found = [names[i] for i in order], np.array([numbers[i] for i in order], dtype=np.int32)
     fingerprint = Fingerprint()
     fingerprint.add(hashlib.sha256(b"\n".join(names)).hexdigest(), hashlib.sha256(found.tobytes()).hexdigest())
-    for digest in _content(
-        root, [name.decode("utf-8", "surrogateescape") for name in names[:LOOKED_AT]]
-    ):  # by their hash: from all over
+    for digest in _content(root, [_text(name) for name in names[:LOOKED_AT]]):  # spread over all classes by their hash
         fingerprint.add(digest)
     return FolderPieces(root, names, found, shard_size), len(names), fingerprint.value()
+
+
+def list_folder(root: str, classes: ClassList) -> tuple[list[bytes], list[int], int]:
+    """(paths below the root, labels, number of files that are no images) of an ImageFolder, sorted by class folder and name.
+
+    Raises UserError for a folder that is no class, with the nearest, and for a class list without distinct folders.
+    """
+    if (twice := repeated(classes.folders)) is not None:
+        raise UserError(f"{root}: two classes have the name {twice!r}, so folders cannot go by names; {classes.mend}")
+    labels = {folder: label for label, folder in enumerate(classes.folders)}
+    names: list[bytes] = []
+    numbers: list[int] = []
+    skipped = 0
+    for folder, files in class_folders(root):
+        if folder not in labels:
+            raise UserError(
+                f"{root}/{folder}: this folder is not in the class list{nearest(folder, classes.folders)} ({classes.mend})"
+            )
+        images = sorted(file for file in files if is_image(file))
+        skipped += len(files) - len(images)
+        names += [file.encode("utf-8", "surrogateescape") for file in images]
+        numbers += [labels[folder]] * len(images)
+    return names, numbers, skipped
+
+
+def is_image(file: str) -> bool:
+    """Whether a path below the root ends as an image does and no part of it is hidden."""
+    return file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "/." not in file
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def folder_places(root: str) -> Iterator[tuple[str, Place]]:
+    """(key, place) of every image in an ImageFolder, whatever its folders are called."""
+    for _, files in class_folders(root):
+        for file in sorted(file for file in files if is_image(file)):
+            yield folder_key(file), Place(file)
+
+
+def folder_stamps(root: str, *, names_only: bool = False) -> list[tuple[str, int, object]]:
+    """(path, bytes, version) of every image, sorted, as `files.stamps`. names_only: on a local disk no file is looked at."""
+    store = Store(root)
+    if not store.is_local:
+        found = store.files_below()
+        return [(file, *version(found[file])) for file in sorted(found) if "/" in file and is_image(file)]
+    files = [file for _, below in class_folders(root) for file in below if is_image(file)]
+    if names_only:
+        return [(file, 0, 0) for file in sorted(files)]
+    entries = ((file, Path(store.root, file).stat()) for file in sorted(files))
+    return [(file, entry.st_size, entry.st_mtime_ns) for file, entry in entries]
+
+
+def read_image(root: str, file: str) -> bytes:
+    """A file of an ImageFolder. Raises UserError naming it when it cannot be read."""
+    store = Store(root)
+    try:
+        return _read(store, file)
+    except OSError as error:
+        raise UserError(f"{store.where(file)}: cannot read the file: {error.strerror or one_line(error)}") from error
 
 
 def _content(root: str, files: Sequence[str]) -> list[str]:
@@ -157,7 +206,7 @@ def folder_key(file: str) -> str:
     return clean_key(os.path.splitext(file)[0])
 
 
-def _class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
+def class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
     """(name, paths of all files below it) of each sub-folder, sorted; hidden ones are passed over. Paths are relative to the root."""
     store = Store(root)
     if store.is_local:
@@ -167,16 +216,15 @@ def _class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
             yield folder, list(_files_below(root, folder))
         return
     found: dict[str, list[str]] = {}
-    for path in store.fs.find(store.root):
-        relative = path[len(store.root) :].lstrip("/")
-        folder, slash, _ = relative.partition("/")
+    for file in store.files_below():
+        folder, slash, _ = file.partition("/")
         if slash and not folder.startswith("."):
-            found.setdefault(folder, []).append(relative)
+            found.setdefault(folder, []).append(file)
     yield from sorted(found.items())
 
 
 def _files_below(root: str, folder: str) -> Iterator[str]:
-    """Without a stat of each file: a listing says what is a folder."""
+    """Paths of all files in a folder and below. The listing says what is a folder: no file is looked at."""
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):  # a link to a folder above would never end

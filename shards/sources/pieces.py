@@ -5,24 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from manifests import Store, UserError
 
 from .classes import ClassList
-from .files import PIPE, common_extension, expand, file_name, list_files
-from .folder import plan_folder
-from .parquet import plan_parquet
+from .files import PIPE, NoSuchFile, common_extension, expand, file_name, list_files
+from .folder import cut_folder
+from .parquet import cut_parquet
 from .sample import KeyRule, Piece, SourceSample
-from .tars import plan_tars
+from .tars import cut_tars
 
+Kind = Literal["ImageFolder", "WebDataset", "Parquet"]
 EXPECTED = "expected WebDataset tars (*.tar), Parquet files (*.parquet), or one sub-folder of images per class"
 
 
 @dataclass(frozen=True)
-class SourcePlan:
+class ImageSource:
     """The pieces of a source, in order."""
 
-    kind: str  # "ImageFolder", "WebDataset" or "Parquet"
+    kind: Kind
     pieces: Sequence[Piece]
     samples: int
     exact: bool  # False: counts are estimated from the sizes of the tars
@@ -34,60 +36,67 @@ class SourcePlan:
         return list(itertools.islice(samples, count))
 
 
-def plan_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = "name") -> SourcePlan:
-    """Find what a source holds.
+def find_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = "name") -> ImageSource:
+    """Cut a source into pieces that become shards.
 
-    data: a folder (local or URL) of tars, of Parquet files or of class folders; or tars or Parquet files as a list with braces and
-    ``::``; or ``pipe:COMMAND`` for each tar. keys: `recipe.Source.keys`.
+    data: as in `find_layout`, or ``pipe:COMMAND`` for each tar. keys: `recipe.Source.keys`.
     Raises UserError for a missing or empty source, one of several kinds, an unknown class folder, or a key that occurs twice.
     """
-    urls = expand(data)
-    kind = common_extension(urls)
-    if kind is None and len(urls) > 1:
-        raise UserError(
-            f"source.data: {data}: a list must name tars or Parquet files, all of one kind; it has {urls[0]} and {urls[-1]}"
-        )
-    if kind is None:
-        root = urls[0]
-        if not Store(root).exists():
-            raise UserError(
-                f"source.data: {root}: no such file or folder; set DATA=FOLDER (or --set source.data=FOLDER)"
-            )
-        kind, urls = _look_into(root, classes)
-    if (kind == "tar" and keys == "place") or kind == "parquet":  # whose rows may be without names
-        _refuse_namesakes(urls)
-    if kind == "tar":
-        pieces, exact, fingerprint = plan_tars(urls, shard_size, keys)
+    kind, urls = find_layout(data, classes.folders)
+    if (kind == "WebDataset" and keys == "place") or kind == "Parquet":  # rows may be without names
+        refuse_namesakes(urls)
+    if kind == "WebDataset":
+        pieces, exact, fingerprint = cut_tars(urls, shard_size, keys)
         samples = sum(piece.count for piece in pieces)
-    elif kind == "parquet":
-        pieces, exact, fingerprint = plan_parquet(urls, classes, shard_size, keys)
+    elif kind == "Parquet":
+        pieces, exact, fingerprint = cut_parquet(urls, classes, shard_size, keys)
         samples = sum(piece.count for piece in pieces)
     else:
-        pieces, samples, fingerprint = plan_folder(urls[0], classes, shard_size)
+        pieces, samples, fingerprint = cut_folder(urls[0], classes, shard_size)
         exact = True
     if not samples:
-        raise UserError(f"source.data: {data}: holds no images; {EXPECTED}")
-    return SourcePlan(
-        {"tar": "WebDataset", "parquet": "Parquet", None: "ImageFolder"}[kind], pieces, samples, exact, fingerprint
-    )
+        raise UserError(f"{data}: holds no images; {EXPECTED}")
+    return ImageSource(kind, pieces, samples, exact, fingerprint)
 
 
-def _look_into(root: str, classes: ClassList) -> tuple[str | None, list[str]]:
-    """(kind, files) of a folder; (None, [root]) for one of class folders, or of nothing. Raises UserError for several kinds at once."""
+def find_layout(data: str, folders: Sequence[str] = ()) -> tuple[Kind, list[str]]:
+    """What ``data`` is, and its tars or Parquet files, or the one folder whose sub-folders are classes.
+
+    data: a folder (local or URL) of tars, of Parquet files or of class folders; or tars or Parquet files as a list with braces and
+    ``::``. folders: names of class folders, which must not lie beside tars or Parquet files.
+    Raises UserError for a list or a folder of several kinds, and NoSuchFile for a folder that is not there.
+    """
+    urls = expand(data)
+    found = common_extension(urls)
+    if found is None and len(urls) > 1:
+        raise UserError(
+            f"{data}: a list must name tars or Parquet files, all of one kind; it has {urls[0]} and {urls[-1]}"
+        )
+    if found is None:
+        found, urls = _look_into(urls[0], folders)
+    kinds: dict[str | None, Kind] = {"tar": "WebDataset", "parquet": "Parquet", None: "ImageFolder"}
+    return kinds[found], urls
+
+
+def _look_into(root: str, folders: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(extension, files) of a folder; (None, [root]) for one without tars and Parquet files."""
+    if not Store(root).exists():
+        raise NoSuchFile(f"{root}: no such file or folder")
     files = {kind: found for kind in ("tar", "parquet") if (found := list_files(root, kind))}
     kinds = [f"*.{kind} files ({file_name(found[0])} …)" for kind, found in files.items()]
-    if files and (folders := sorted(set(Store(root).folders("")) & set(classes.folders))):
-        kinds.append(f"class folders ({folders[0]} …)")
+    if files and (classes := sorted(set(Store(root).folders("")) & set(folders))):
+        kinds.append(f"class folders ({classes[0]} …)")
     if len(kinds) > 1:
         raise UserError(
-            f"source.data: {root}: holds {' and '.join(kinds)}, and nothing says which are meant; move the others elsewhere, or name "
+            f"{root}: holds {' and '.join(kinds)}, and nothing says which are meant; move the others elsewhere, or name "
             "the files: a list with braces such as train-{000..127}.tar, joined by ::"
         )
     return next(iter(files.items()), (None, [root]))
 
 
-def _refuse_namesakes(urls: Sequence[str]) -> None:
+def refuse_namesakes(urls: Sequence[str]) -> None:
+    """Raises UserError when two files have the same name, from which keys are made."""
     seen: dict[str, str] = {}
     for url in urls:
         if not url.startswith(PIPE) and (other := seen.setdefault(file_name(url), url)) is not url:
-            raise UserError(f"source.data: {other} and {url} have the same name, from which keys are made; rename one")
+            raise UserError(f"{other} and {url} have the same name, from which keys are made; rename one")

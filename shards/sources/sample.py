@@ -14,10 +14,11 @@ from shards.tar import clean_key
 
 from .classes import ClassList
 
-EXACT = 50_000  # samples; in a source that seems larger not every one's name is looked at while it is planned
+EXACT = 50_000  # samples; in a source that seems larger, cutting it reads the names of some only
 SLACK = 1.25  # a tar or row group of up to this many times the shard size stays one piece
 
 KeyRule = Literal["name", "place"]
+OUTSIDE = "is outside the class list"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class SourceSample:
     label: int | None
     problem: str | None = None
 
+    @property
+    def of_another_list(self) -> bool:
+        """Whether the label is a number that the class list does not have: then the whole set is of another list."""
+        return self.label is None and self.problem is not None and OUTSIDE in self.problem
+
 
 class Piece(Protocol):
     """A stretch of the source that becomes one shard. Small, and can be sent to another process."""
@@ -39,10 +45,32 @@ class Piece(Protocol):
 
     @property
     def count(self) -> int:
-        """Samples; an estimate where the plan is not exact."""
+        """Samples; an estimate where the source is not `exact`."""
 
     def samples(self, classes: ClassList) -> Iterator[SourceSample]:
         """Read the piece, in the order of the source. Raises UserError when its file is missing or damaged."""
+
+
+class WholePiece(Piece, Protocol):
+    """A piece that several readers can share out, and whose headers can be read alone."""
+
+    def samples(self, classes: ClassList, part: int = 0, parts: int = 1) -> Iterator[SourceSample]:
+        """As `Piece.samples`; of several parts, number ``part`` holds every parts-th sample."""
+
+    def called(self, number: int, key: str) -> str:
+        """What messages call the ``number``-th sample, within its set."""
+
+    def headers(self, classes: ClassList) -> Iterator[SourceSample]:
+        """Every sample with its label but without ``data``, and with what is wrong with it as far as no image tells."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one image lies: a file, and in a tar the bytes of its sample, in a Parquet file its row."""
+
+    file: str  # path or URL; of a class folder's file, relative to the root
+    offset: int = 0  # bytes, or rows
+    size: int = 0  # bytes; 0 where the file says it itself
 
 
 def place_key(file: str, index: int) -> str:
@@ -59,12 +87,12 @@ def check_label(value: object, classes: ClassList) -> tuple[int | None, str | No
     except (ValueError, TypeError):
         return None, f"label {value[:20] if isinstance(value, bytes) else value!r} is not an integer"
     if not 0 <= label < len(classes.names):
-        return None, f"label {label} is outside the class list (0 to {len(classes.names) - 1})"
+        return None, f"label {label} {OUTSIDE} (0 to {len(classes.names) - 1})"
     return label, None
 
 
 class Fingerprint:
-    """Of a source: sees every entry once, in order."""
+    """The fingerprint of a source, which is given every entry once, in order."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -78,7 +106,7 @@ class Fingerprint:
 
 
 def key_hashes(keys: Iterable[str]) -> np.ndarray:
-    """8 bytes a key, to find repeated ones by: uint64 [N]."""
+    """A hash of 8 bytes for each key, by which repeated keys are found: uint64 [N]."""
     return np.fromiter(
         (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys), np.uint64
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import subprocess
@@ -16,16 +17,17 @@ from tqdm import tqdm
 
 from manifests import UserError
 from shards.canvas import IMAGE_EXTENSIONS
-from shards.tar import clean_key, index_tar, iterate_tar, split_name
+from shards.tar import BLOCK, Sample, clean_key, index_tar, iterate_tar, split_name
 
 from .classes import ClassList
-from .files import PIPE, copy_into, file_name, file_size, is_local, open_file
+from .files import PIPE, NoSuchFile, copy_into, file_name, file_size, is_local, open_file, store_of
 from .sample import (
     EXACT,
     SLACK,
     Fingerprint,
     KeyRule,
     Piece,
+    Place,
     SourceSample,
     check_label,
     key_hashes,
@@ -43,9 +45,7 @@ class TarPiece:
     count: int
     start: int = 0
     stop: int | None = None  # None: to the end
-    first: int | None = (
-        0  # number of the sample at `start`, where `start` is known to be one's first header; None: look for it
-    )
+    first: int | None = 0  # number of the sample whose first header is at `start`; None: no sample begins just there
     keys: KeyRule = "name"
 
     @property
@@ -53,7 +53,25 @@ class TarPiece:
         """For messages, which may end up in the record: a command may hold tokens."""
         return _where(self.url, self.name)
 
-    def samples(self, classes: ClassList) -> Iterator[SourceSample]:
+    def samples(self, classes: ClassList, part: int = 0, parts: int = 1) -> Iterator[SourceSample]:
+        return itertools.islice(self._samples(classes), part, None, parts)
+
+    def called(self, number: int, key: str) -> str:
+        return f"{file_name(self.url)}: sample {key}"
+
+    def headers(self, classes: ClassList) -> Iterator[SourceSample]:
+        """Of the whole tar, whichever stretch the piece is."""
+        with open_tar(self.url, self.where) as file:
+            for _, sample in index_tar(file, self.where):
+                yield self._checked(sample, clean_key(sample.key), classes, b"")
+
+    def _checked(self, sample: Sample, key: str, classes: ClassList, data: bytes) -> SourceSample:
+        label, problem = check_label(sample.members.get("cls"), classes)
+        if sample.first(IMAGE_EXTENSIONS) is None:
+            problem = f"no image among the members ({', '.join(sample.members) or 'none'})"
+        return SourceSample(key, data, label, problem)
+
+    def _samples(self, classes: ClassList) -> Iterator[SourceSample]:
         of = self.name if self.url.startswith(PIPE) else file_name(self.url)
         with open_tar(self.url, self.where) as file:
             found = (self.start, self.first) if self.first is not None else self._find_first(file)
@@ -64,11 +82,7 @@ class TarPiece:
                 if self.stop is not None and offset >= self.stop:
                     return
                 key = clean_key(sample.key) if self.keys == "name" else place_key(of, number)
-                image = sample.first(IMAGE_EXTENSIONS)
-                label, problem = check_label(sample.members.get("cls"), classes)
-                if image is None:
-                    problem = f"no image among the members ({', '.join(sample.members) or 'none'})"
-                yield SourceSample(key, image or b"", label, problem)
+                yield self._checked(sample, key, classes, sample.first(IMAGE_EXTENSIONS) or b"")
                 number += 1
 
     def _find_first(self, file: IO[bytes]) -> tuple[int, int] | None:
@@ -91,7 +105,7 @@ def open_tar(url: str, where: str) -> IO[bytes]:
             shell = ["bash", "-o", "pipefail", "-c", command]  # a download that fails before a `|` is a failure
             status = subprocess.run(shell, stdout=spool, check=False).returncode
             if status:
-                raise UserError(f"source.data: {where}: the command ended with status {status}")
+                raise UserError(f"{where}: the command ended with status {status}")
         else:
             copy_into(url, spool)
         spool.seek(0)
@@ -101,24 +115,46 @@ def open_tar(url: str, where: str) -> IO[bytes]:
     return spool
 
 
-def plan_tars(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
+def tar_places(url: str) -> Iterator[tuple[str, Place]]:
+    """(key, place) of every sample of a tar, from its headers."""
+    before: tuple[str, int] | None = None
+    with open_tar(url, url) as file:
+        for offset, sample in index_tar(file, url):
+            if before is not None:
+                yield before[0], Place(url, before[1], offset - before[1])
+            before = clean_key(sample.key), offset
+        if before is not None:
+            yield before[0], Place(url, before[1], file.seek(0, io.SEEK_END) - before[1])
+
+
+def read_sample(place: Place) -> Sample:
+    """The sample at a place of a tar, in one read of its bytes. Raises UserError when it is no longer there."""
+    try:
+        data = store_of(place.file).read_range(file_name(place.file), place.offset, place.size)
+    except FileNotFoundError as error:
+        raise NoSuchFile(f"{place.file}: no such file") from error
+    ended = io.BytesIO(data + bytes(2 * BLOCK))  # as a tar of this sample alone ends
+    return next(iterate_tar(ended, place.file), (0, Sample("")))[1]
+
+
+def cut_tars(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
     """The pieces of a list of tars, whether their counts are exact, and a fingerprint.
 
-    A source of many tars is planned from their sizes and the samples of the first tar: no piece then depends on more than that.
+    A source of many tars is cut by their sizes and the samples of the first tar: no piece then depends on more than that.
     """
     if any(url.startswith(PIPE) for url in urls):
-        return _plan_commands(urls, keys)
+        return _cut_commands(urls, keys)
     with ThreadPoolExecutor(32) as pool:
         sizes = list(pool.map(file_size, urls))
     with open_tar(urls[0], urls[0]) as file:
         samples = sum(1 for _ in index_tar(file, urls[0]))
     mean = max(sizes[0], 1) / max(samples, 1)  # bytes a sample
     if sum(sizes) / mean <= EXACT and all(is_local(url) for url in urls):
-        return _plan_exactly(urls, shard_size, keys)
-    return _plan_by_size(urls, sizes, mean, shard_size, keys)
+        return _cut_exactly(urls, shard_size, keys)
+    return _cut_by_size(urls, sizes, mean, shard_size, keys)
 
 
-def _plan_exactly(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
+def _cut_exactly(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
     fingerprint = Fingerprint()
     names: list[tuple[str, str]] = []  # (key, tar)
     pieces: list[Piece] = []
@@ -146,7 +182,7 @@ def _plan_exactly(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[
     return pieces, True, fingerprint.value()
 
 
-def _plan_by_size(
+def _cut_by_size(
     urls: Sequence[str], sizes: Sequence[int], mean: float, shard_size: int, keys: KeyRule
 ) -> tuple[Sequence[Piece], bool, str]:
     if keys == "name":
@@ -171,7 +207,7 @@ def _plan_by_size(
     return pieces, False, fingerprint.value()
 
 
-def _plan_commands(urls: Sequence[str], keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
+def _cut_commands(urls: Sequence[str], keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
     """One piece a command: nothing is known of its output but what the first one gives.
 
     The fingerprint is of that, and of the names of tars in the commands; not of the rest, which may hold tokens that change every day.
@@ -203,7 +239,7 @@ def _first_key(url: str) -> str:
         with open_file(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             member = next((member for member in tar if member.isreg()), None)
     except tarfile.TarError as error:
-        raise UserError(f"source.data: {url}: not a readable tar ({error}); is it whole, and uncompressed?") from error
+        raise UserError(f"{url}: not a readable tar ({error}); is it whole, and uncompressed?") from error
     if member is None:
-        raise UserError(f"source.data: {url}: holds no samples; leave it out")
+        raise UserError(f"{url}: holds no samples; leave it out")
     return clean_key(split_name(member.name)[0])

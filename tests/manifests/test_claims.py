@@ -1,4 +1,4 @@
-"""Claims are advice: one of many takes a shard, the dead are found without comparing clocks, and nobody removes what is another's."""
+"""Claims are advice: one worker of many takes a shard, clocks are never compared, nobody removes another's claim."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signs of life every 50 ms, and silence after half a second."""
+    """A heartbeat every 50 ms, and silence after half a second."""
     monkeypatch.setattr(claims, "BEAT", 0.05)
     monkeypatch.setattr(claims, "SILENT", 0.5)
 
@@ -45,15 +45,15 @@ def test_one_of_many_takes_a_shard(store: Store) -> None:
     assert sum(taken) == 1 and look(store).running == {3}
     (owner,) = (worker for worker in workers if worker.mine == {3})
     for worker in workers:
-        worker.release(3)  # only the owner's counts
+        worker.release(3)  # only the owner's release counts
         assert bool(look(store).running) == (workers.index(worker) < workers.index(owner))
 
 
-def test_signs_of_life(store: Store, quick: None) -> None:
-    """While a worker lives its claim changes, and says how far it is; nobody takes it over; at the end nothing is left."""
+def test_heartbeats(store: Store, quick: None) -> None:
+    """A live worker's claim changes and says how far it is; nobody takes it over; at the end no file is left."""
     with Claims(store) as worker:
         assert worker.take(1)
-        worker.tell(1, samples=5, verified=3, rejected=1, rate=2.5)
+        worker.update(1, samples=5, verified=3, rejected=1, rate=2.5)
         other, seen = Claims(store), set()
         end = time.monotonic() + 1.2
         while time.monotonic() < end:
@@ -67,7 +67,7 @@ def test_signs_of_life(store: Store, quick: None) -> None:
 
 
 def test_a_dead_process_of_this_machine(store: Store) -> None:
-    """Found at once by its number; that it died counts as a failed try of the shard."""
+    """It is found at once by its process id; its death counts as a failed try of the shard."""
     child = os.fork()
     if not child:
         os._exit(not Claims(store).take(2))
@@ -80,7 +80,7 @@ def test_a_dead_process_of_this_machine(store: Store) -> None:
 
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
 def test_a_silent_worker_elsewhere(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
-    """Taken over after it has been watched in silence for a while, and not before, whatever this machine's clock does meanwhile."""
+    """Others take over after watching the silence for a while, not before, even if this machine's clock jumps."""
     elsewhere(store, 4, monkeypatch)
     worker, now = Claims(store), time.time
     assert not worker.take_over(4)
@@ -92,7 +92,7 @@ def test_a_silent_worker_elsewhere(store: Store, quick: None, monkeypatch: pytes
 
 
 def test_a_worker_that_comes_back(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was asleep and lost its claim: giving it up later does not touch the new owner's."""
+    """A worker that slept and lost its claim does not remove the new owner's claim when it releases."""
     asleep, worker = elsewhere(store, 4, monkeypatch), Claims(store)
     worker.take_over(4)
     time.sleep(0.6)
@@ -103,7 +103,7 @@ def test_a_worker_that_comes_back(store: Store, quick: None, monkeypatch: pytest
 
 
 class Late(Claims):
-    """A worker that is overtaken by another between reading a dead claim and acting on it."""
+    """A worker that another one overtakes between reading a dead claim and acting on it."""
 
     def _is_dead(self, claim: Claim) -> bool:
         dead = super()._is_dead(claim)
@@ -124,7 +124,7 @@ def test_one_of_many_takes_over(store: Store) -> None:
 
 
 def test_what_is_no_claim_is_replaced(store: Store) -> None:
-    """A file of a claim's name with anything else in it keeps nobody from the shard; one that is gone is no dead worker's."""
+    """A file with a claim's name but other content keeps nobody from the shard; a missing file is no dead worker."""
     worker = Claims(store)
     assert not worker.take_over(2)
     store.write("work/running-000002.json", b"{")

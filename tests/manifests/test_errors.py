@@ -1,4 +1,4 @@
-"""What libraries say, within a line of ours; devices that are not there."""
+"""Messages of libraries within one of our lines; devices that are not there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from manifests.devices import choose_device
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "shortened"),
     [
         ("short", "short"),
         ("two\n  lines", "two lines"),
@@ -19,9 +19,9 @@ from manifests.devices import choose_device
         ("x" * 100, "x" * 39 + "…"),
     ],
 )
-def test_a_reason_fits_into_a_line(said: str, told: str) -> None:
-    """Whole words, where these are not most of the line."""
-    assert one_line(OSError(said), 40) == told and len(told) <= 40
+def test_a_reason_fits_into_a_line(message: str, shortened: str) -> None:
+    """The cut falls between words, unless that would lose most of the line."""
+    assert one_line(OSError(message), 40) == shortened and len(shortened) <= 40
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "meta", "cpux"])

@@ -75,11 +75,14 @@ def forbidden(room: str, rule: Callable[[Import], bool]) -> list[str]:
 def test_the_walker_sees_what_it_should(tmp_path: Path) -> None:
     """The check itself: plain, relative, lazy and spelled-out imports are all found."""
     path = ROOT / "pipeline" / "renditions" / "imaginary.py"
-    source = "import timm.data\nfrom ..attack import attack\nfrom . import clip\ndef f():\n    from trainer import loop\n__import__('taming')\n"
+    source = (
+        "import timm.data\nfrom ..attack import attack\nfrom . import clip\n"
+        "def f():\n    from trainer import loop\n__import__('taming')\n"
+    )
     found = {(i.module, i.lazy) for i in _walk(path, ast.parse(source), lazy=False)}
     assert found == {
-        ("timm.data", False), ("pipeline.attack.attack", False), ("pipeline.renditions.clip", False), ("trainer.loop", True),
-        ("taming", False),
+        ("timm.data", False), ("pipeline.attack.attack", False), ("pipeline.renditions.clip", False),
+        ("trainer.loop", True), ("taming", False),
     }  # fmt: skip
     assert within("trainer.loop", "trainer") and not within("trainers", "trainer")
 
@@ -94,7 +97,7 @@ def test_shards_needs_manifests_alone() -> None:
 
 @pytest.mark.parametrize("room", ["shards", "manifests"])
 def test_the_contract_needs_no_model_library(room: str) -> None:
-    """Not even lazily: whoever only reads published shards does not install them. The benchmark alone compares with ImageFolder."""
+    """Not even lazily: a reader of published shards need not install them. Only the benchmark uses ImageFolder."""
     compared = ROOT / "shards" / "benchmark.py"
     assert forbidden(room, lambda i: within(i.module, *HEAVY) and not (i.lazy and i.path == compared)) == []
 
@@ -104,7 +107,7 @@ def test_pipeline_never_imports_trainer() -> None:
 
 
 def test_trainer_reaches_for_the_method_alone_and_lazily() -> None:
-    """Of pipeline only attack, discretizer and teacher, and only inside functions."""
+    """The trainer imports only attack, discretizer and teacher of pipeline, and only inside functions."""
     assert (
         forbidden("trainer", lambda i: within(i.module, "pipeline") and not (i.lazy and within(i.module, *METHOD)))
         == []
@@ -128,11 +131,12 @@ def test_front_doors_hold_what_they_promise() -> None:
 
 
 def test_reading_shards_loads_no_model_library(python: Callable[..., Any], plain_run: Path) -> None:
-    """In a fresh interpreter: importing the contract and reading a sample leaves open_clip, timm, taming and torchvision unloaded."""
+    """Importing the contract and reading a sample loads no open_clip, timm, taming or torchvision."""
     program = (
         "import sys, shards, manifests\n"
         "sample = shards.ShardDataset(sys.argv[1], 'dad')[0]\n"
-        f"print([name for name in {(*HEAVY, 'pipeline', 'trainer', 'matplotlib')} if name in sys.modules], sample.image.shape[0])"
+        f"heavy = {(*HEAVY, 'pipeline', 'trainer', 'matplotlib')}\n"
+        "print([name for name in heavy if name in sys.modules], sample.image.shape[0])"
     )
     told = python(program, plain_run)
     assert told.stdout == "[] 3\n", told.stderr
@@ -146,7 +150,8 @@ def test_reading_shards_works_where_they_are_not_installed(python: Callable[...,
         "import shards, manifests\n"
         "for name in ('clean', 'dad'):\n"
         "    for i in range(len(dataset := shards.ShardDataset(sys.argv[1], name))): dataset[i]\n"
-        "print(sum(len(half.keys) for batch in shards.TrainingReader(sys.argv[1], batch_size=8).batches(0) for half in batch.values()))"
+        "batches = shards.TrainingReader(sys.argv[1], batch_size=8).batches(0)\n"
+        "print(sum(len(part.keys) for batch in batches for part in batch.values()))"
     )
     told = python(program, plain_run)
     assert told.returncode == 0 and int(told.stdout) > 70, told.stderr

@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_file_defaults_and_overrides(folder: Path) -> None:
-    """By name or by path; what the file leaves out has its default; overrides win and are YAML."""
+    """A recipe loads by name or path; fields that it leaves out have defaults; overrides win and are YAML."""
     assert load_recipe(Car, "city", folder) == Car(wheels=4, engine=Engine(power=2.5))
     overrides = [
         "engine.power=3",
@@ -106,7 +106,7 @@ def test_a_recipe_is_frozen_and_keyword_only(folder: Path) -> None:
     ],
 )
 def test_refusals(folder: Path, override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Misspelt (with the nearest name), ill-typed and out-of-range values, and overrides that are none: one line naming the field."""
+    """A misspelt field (with the nearest name), a wrong type or range, a broken override: one line naming the field."""
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(Car, "city", folder, [override])
@@ -115,10 +115,11 @@ def test_refusals(folder: Path, override: str, message: str, monkeypatch: pytest
 
 
 def test_the_file_is_named(folder: Path) -> None:
-    """What is wrong in a file is told with its path; so are fields without a default that it lacks."""
+    """A fault of the file names its path; so does a required field that it lacks."""
     path = folder / "city.yaml"
     for content, message in (
-        ("engine: {powr: 1}", r"unknown field 'engine\.powr'"), ("engine: {power: 1}", r"wheels: .*required"), ("wheels: x", r"wheels: "),
+        ("engine: {powr: 1}", r"unknown field 'engine\.powr'"), ("engine: {power: 1}", r"wheels: .*required"),
+        ("wheels: x", r"wheels: "),
     ):  # fmt: skip
         path.write_text(content)
         with pytest.raises(UserError, match=message) as caught:
@@ -189,7 +190,7 @@ def test_first_difference_is_looked_for_on_both_sides(
 
 
 def test_identity_of_the_real_recipe() -> None:
-    """Of stage 1: every path, device, threads, max_errors and who launches are free; everything else counts."""
+    """Stage 1: paths, device, threads, max_errors and the launcher are free; everything else counts."""
     from pipeline.method.discretizer import Discretizer
     from pipeline.method.teacher import Teacher
     from pipeline.recipe import Launch, Recipe, Source
@@ -200,7 +201,8 @@ def test_identity_of_the_real_recipe() -> None:
     )
     free = {
         "source.data", "source.classes", "teacher.model", "teacher.weights", "teacher.templates", "discretizer.weights",
-        "max_errors", "device", "threads", "codec_threads", "launch.launcher", "launch.workers", "launch.retries", "launch.slurm.partition",
+        "max_errors", "device", "threads", "codec_threads", "launch.launcher", "launch.workers", "launch.retries",
+        "launch.slurm.partition",
     }  # fmt: skip
     assert set(flatten(as_tree(recipe))) - set(identity(recipe)) == free
 

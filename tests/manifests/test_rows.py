@@ -83,7 +83,7 @@ def whole() -> pa.Table:
     ],
 )
 def test_damaged_or_foreign_files(data: bytes, reason: str) -> None:
-    """Whatever is not a part file of ours is refused, naming the file, in one line."""
+    """Anything but a part file is refused in one line that names the file."""
     with pytest.raises(UserError, match=reason) as caught:
         decode_part(data, "part-7")
     assert str(caught.value).startswith("part-7: ") and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A run directory: what is done, what is refused, what sealing joins."""
+"""A run directory: what is done, what is refused, what sealing writes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from manifests.rundir import count_statuses, part_name, tar_name
 
 def info(**changes: Any) -> RunInfo:
     made = RunInfo(
-        recipe={"seed": 0}, identity={"seed": 0, "attack.eps": 0.1}, fingerprints={"teacher": "t", "source": "s"}, classes=["a", "b"],
-        shards=2, samples=4, versions={"torch": "1"},
+        recipe={"seed": 0}, identity={"seed": 0, "attack.eps": 0.1}, fingerprints={"teacher": "t", "source": "s"},
+        classes=["a", "b"], shards=2, samples=4, versions={"torch": "1"},
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -30,15 +30,15 @@ def run(plain_run: Path, tmp_path: Path) -> RunDir:
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_info_roundtrip(tmp_path: Path, scheme: str) -> None:
     directory = RunDir(f"{scheme}{tmp_path}/new")
-    directory.claim(info())
+    directory.begin(info())
     assert directory.info() == info()
 
 
 def test_claim(tmp_path: Path) -> None:
-    """The same run may be claimed again, whatever its versions; another field or fingerprint is refused by name, old and new value."""
+    """The same run may begin again with other versions; another field or fingerprint is refused: name, old and new."""
     directory = RunDir(tmp_path)
-    directory.claim(info())
-    directory.claim(info(versions={"torch": "2"}))
+    directory.begin(info())
+    directory.begin(info(versions={"torch": "2"}))
     assert directory.info().versions == {"torch": "1"}  # what made the first shards
     for changed, message in (
         (info(identity={"seed": 1, "attack.eps": 0.1}), r"seed was 0, now 1; choose another OUT, or set it back"),
@@ -51,7 +51,7 @@ def test_claim(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(UserError, match=message):
-            directory.claim(changed)
+            directory.begin(changed)
     assert directory.info() == info()
 
 
@@ -60,7 +60,7 @@ def test_claim(tmp_path: Path) -> None:
     "name", ["README.md", "gallery.png", "clean/mine.txt", "dad/mine.txt", "manifest/mine.txt", "manifest.parquet"]
 )
 def test_files_of_others_are_not_overwritten(tmp_path: Path, scheme: str, name: str) -> None:
-    """A new run keeps out of a place that holds a name of its own; where there is a run.json, the names are that run's."""
+    """A new run refuses a place that holds one of its names; with a run.json there, the names belong to that run."""
     directory = RunDir(f"{scheme}{tmp_path}")
     directory.check_place()
     directory.store.write("notes.txt", b"")
@@ -74,7 +74,7 @@ def test_files_of_others_are_not_overwritten(tmp_path: Path, scheme: str, name: 
 
 
 def test_an_empty_place() -> None:
-    with pytest.raises(UserError, match="OUT: is empty"):
+    with pytest.raises(UserError, match="OUT: the name is empty; name a folder"):
         RunDir("")
 
 
@@ -82,7 +82,8 @@ def test_an_empty_place() -> None:
     ("content", "message"),
     [
         (b"", "damaged"), (b"{", "damaged"), (b"null", "damaged"), (b"[]", "damaged"), (b"\xff", "damaged"),
-        (b'{"format": 2}', "format 2, this version reads format 1"), (b"{}", "format None"), (b'{"format": 1, "what": 3}', "damaged"),
+        (b'{"format": 2}', "format 2, this version reads format 1"), (b"{}", "format None"),
+        (b'{"format": 1, "what": 3}', "damaged"),
     ],
 )  # fmt: skip
 def test_damaged_run_json(tmp_path: Path, content: bytes, message: str) -> None:
@@ -92,7 +93,7 @@ def test_damaged_run_json(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_fields_of_the_wrong_type_in_run_json(run: RunDir) -> None:
-    """run.json with text for a number, or a number for a list: refused as damaged, not found out by a stack trace later."""
+    """run.json with text for a number, or a number for a list, is refused as damaged, without a stack trace later."""
     tree = json.loads(run.store.read("run.json"))
     for field, value in (
         ("shards", "five"),
@@ -113,7 +114,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_done_when_its_part_and_tars_are_there(run: RunDir) -> None:
-    """Done exactly when the part file exists and the tars it names have that size and sha256; the reason names the file."""
+    """A shard is done when its part file and the tars it names (size, sha256) are there; the reason names the file."""
     mark = run.info().fingerprint
     assert [run.damage(shard, mark) for shard in range(5)] == [None] * 5
     assert "belongs to another run" in (run.damage(0, "another") or "")
@@ -133,7 +134,7 @@ def test_a_shard_is_done_when_its_part_and_tars_are_there(run: RunDir) -> None:
 
 
 def test_the_manifest_joins_all_parts(run: RunDir) -> None:
-    """All rows in the order of the shards, the record of every tar, counts that add up."""
+    """The manifest has all rows in the order of the shards, the record of every tar, and counts that add up."""
     table, tars = run.manifest()
     parts = [run.part(shard) for shard in range(5)]
     assert table.column("key").to_pylist() == [key for rows, _ in parts for key in rows.column("key").to_pylist()]
@@ -149,7 +150,7 @@ def test_sealing_twice_gives_the_same_bytes(run: RunDir) -> None:
 
 
 def test_manifests_that_do_not_fit(run: RunDir, tmp_path: Path) -> None:
-    """Missing, edited, of another run, or with another number of rows: each refused with its own reason."""
+    """A manifest that is missing, edited, of another run or of other length is refused, each with its own reason."""
     whole, sealed = run.store.read("manifest.parquet"), run.info()
     run.store.write("manifest.parquet", whole[:-1] + b"2")
     with pytest.raises(UserError, match="is not the one that was sealed"):

@@ -17,7 +17,7 @@ COMMANDS = ("generate", "status", "verify", "recipe")
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)])
 def test_help(cli, arguments: list[str]) -> None:  # type: ignore[no-untyped-def]
-    """Help comes with status 0, says nothing on stderr and, at the top, lists every command."""
+    """Help exits with status 0, prints nothing on stderr and, at the top, lists every command."""
     told = cli(*arguments)
     assert told.status == 0 and told.err == "" and "Usage: python -m pipeline" in told.out
     if len(arguments) == 1:
@@ -76,7 +76,7 @@ def test_help(cli, arguments: list[str]) -> None:  # type: ignore[no-untyped-def
     ],
 )
 def test_user_errors(world, cli, tmp_path: Path, arguments: list[str], words: list[str]) -> None:  # type: ignore[no-untyped-def]
-    """What is wrong, where, and the nearest right name: one line, status 2, nothing on stdout, nothing written."""
+    """An error names the fault, the place and the nearest right name: one line, status 2, no stdout, no file."""
     out = tmp_path / "run"
     line = cli(*({"OUT": str(out), "RECIPE": str(world.recipe)}.get(a, a) for a in arguments)).error
     assert all(word in line or word == "OUT" for word in words), line
@@ -116,7 +116,7 @@ def test_broken_recipes(cli, tmp_path: Path, content: str | bytes, word: str, mo
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_real_process(world, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, debug: bool) -> None:  # type: ignore[no-untyped-def]
-    """As a user sees it, with whatever libraries print: one line and no stack trace, or with --debug the trace and the line."""
+    """The whole output, libraries' included: one line and no stack trace; with --debug the trace and the line."""
     flags = ["--debug"] if debug else []
     override = "discretizer.weights=gone.safetensors"  # found out after open_clip and the teacher were loaded
     process = start(*flags, "generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--set", override)
@@ -161,7 +161,7 @@ def test_verify_of_fewer_than_no_samples(cli, finished_run: Path) -> None:  # ty
 
 
 def test_verify_fails_with_status_1(cli, run_copy: Path) -> None:  # type: ignore[no-untyped-def]
-    """Damage is told line by line on stdout, and the status is 1."""
+    """Damage is printed line by line on stdout, and the status is 1."""
     (run_copy / "dad" / "dad-000001.tar").unlink()
     shutil.copy(run_copy / "clean" / "clean-000001.tar", run_copy / "clean" / "clean-000000.tar")
     told = cli("verify", run_copy)
@@ -201,8 +201,11 @@ main(["go"])
 
 
 def test_ctrl_c_in_an_import(python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    """A command imports what it needs when it begins; what a library makes of an interruption then is not shown."""
-    module = "import os, signal\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n  raise ImportError('half there')\n"
+    """A library that turns an interruption of its import into another error does not show it."""
+    module = (
+        "import os, signal\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n  raise ImportError('half there')\n"
+    )
     (tmp_path / "confused.py").write_text(module)
     told = python(IMPORTING, tmp_path)
     assert told.returncode == 130 and told.stderr.startswith("\ninterrupted; ") and "Traceback" not in told.stderr

@@ -1,4 +1,4 @@
-"""A source from a stranger: whatever its tars hold, nothing is executed, nothing is written outside OUT, memory stays bounded."""
+"""A stranger's source: whatever its tars hold, no code runs, no file lands outside OUT, memory stays bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUGE = 60_000  # pixels of each side; decoded it would be 10.8 GB
 
 
 class Payload:
-    """What unpickling it does leaves a trace."""
+    """Unpickling it leaves a trace."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -47,7 +47,7 @@ def huge_png() -> bytes:
 
 
 def test_a_hostile_source(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Absolute names, `..`, links, devices, pickles under every name a loader may know, a giant PNG, beside one honest image."""
+    """Absolute names, `..`, links, devices, pickles under every name a loader knows, a giant PNG, one good image."""
     marker, outside = tmp_path / "pwned", tmp_path / "outside"
     image = next(world.images.rglob("*_000.jpg")).read_bytes()
     payload = pickle.dumps(Payload(marker))
@@ -55,7 +55,8 @@ def test_a_hostile_source(world, tmp_path: Path) -> None:  # type: ignore[no-unt
     np.save(objects, np.array([Payload(marker)], dtype=object), allow_pickle=True)
     files = {
         f"{outside}/absolute": {"jpg": image}, "../../outside/above": {"jpg": image}, "good": {"jpg": image},
-        "code": {"jpg": image, "pyd": payload, "pth": payload, "pkl": payload, "pickle": payload, "pt": payload, "npy": objects.getvalue()},
+        "code": {"jpg": image, "pyd": payload, "pth": payload, "pkl": payload, "pickle": payload, "pt": payload,
+                 "npy": objects.getvalue()},
         "huge": {"png": huge_png()}, "noimage": {"pkl": payload}, "pickled": {"jpg": payload},
     }  # fmt: skip
     source = tmp_path / "source"
@@ -90,7 +91,7 @@ def test_a_hostile_source(world, tmp_path: Path) -> None:  # type: ignore[no-unt
 
 @pytest.mark.parametrize("member", ["logits.npy", "cls", "png"])
 def test_hostile_shards(make_run, tmp_path: Path, member: str) -> None:  # type: ignore[no-untyped-def]
-    """A set from a stranger with all checksums in order: pickles as members, beside others that nobody asked for. Named, not run."""
+    """A stranger's run with correct checksums and pickles as members: verify names them and runs none."""
     marker = tmp_path / "pwned"
     objects = io.BytesIO()
     np.save(objects, np.array([Payload(marker)], dtype=object), allow_pickle=True)
@@ -124,7 +125,8 @@ def test_hostile_claims(run_copy: Path, cli) -> None:  # type: ignore[no-untyped
     work = run_copy / "work"
     work.mkdir()
     for name, content in {
-        "running-000001.json": b"\x80\x04", "running-000002.json": b"[]", "failed-000000.json": b"{" * 100_000, "running-x.json": b"",
+        "running-000001.json": b"\x80\x04", "running-000002.json": b"[]", "failed-000000.json": b"{" * 100_000,
+        "running-x.json": b"",
         "failed-999999999999.json": b'{"shard": 1e400}', "running-000000.json": encode_array(np.zeros(3, np.float16)),
     }.items():  # fmt: skip
         (work / name).write_bytes(content)

@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems, summary
 from shards import ShardDataset
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Digests = Callable[[Path], dict[str, str]]
@@ -175,7 +175,7 @@ def test_a_disk_too_small_for_several_workers(world, cli, small_disk: Callable[[
 def begin(recipe: Recipe, out: Path, occupied: Iterable[int]) -> None:
     """A run of which nothing is made yet but run.json, and folders in place of the tars of some shards: no file can take these names."""
     job = prepare_job(recipe, str(out))
-    job.out.claim(job.info)
+    job.out.begin(job.info)
     for shard in occupied:
         (out / "dad" / f"dad-{shard:06d}.tar").mkdir(parents=True)
 
@@ -196,7 +196,7 @@ def test_a_shard_that_cannot_be_made(world, cli, finished_run: Path, run_digests
     assert "2 of 3 shards done, 1 missing, 0 damaged, 1 failed" in lines[0] and "failed: shard 1, 3 times" in lines[1]
 
     told = cli(*command, "--allow-missing")
-    assert told.status == 0 and "sealed without, as run.json records" in told.err
+    assert told.status == 0 and "sealed without them, as run.json records" in told.err
     assert (
         list(RunDir(out).info().missing or {}) == ["1"]
         and "IsADirectoryError" in json.loads((out / "run.json").read_text())["missing"]["1"]
@@ -247,9 +247,9 @@ def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest
     for path in (path for path in folder.rglob("*") if path.is_file()):
         Guarded().pipe_file(f"{tmp_path}/{path.relative_to(folder)}", path.read_bytes())
     job = prepare_job(world.load(f"source.data={url}"), str(out))
-    job.out.claim(job.info)
+    job.out.begin(job.info)
     monkeypatch.setattr(Guarded, "refused", {"images": "img_020", "tars": "source-1.tar"}[kind])
-    work = Work(recipe=job.recipe, out=str(out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    work = Work(recipe=job.recipe, out=str(out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.source.pieces)
     work_through(work, models=job.models)
     reason = "the store refuses or cannot be reached (Forbidden)"
     if kind == "tars":
@@ -261,7 +261,7 @@ def test_a_source_object_out_of_reach(world, tmp_path: Path, monkeypatch: pytest
             and reason in failure.reason
         )
     else:
-        rows = {row["key"]: row for row in job.out.join(range(3))[0].to_pylist()}
+        rows = {row["key"]: row for row in job.out.read_parts(range(3))[0].to_pylist()}
         (key,) = (key for key in rows if key.endswith("img_020"))
         assert (
             len(rows) == 36
@@ -281,8 +281,8 @@ class Greedy(torch.nn.Module):
 def test_a_batch_that_does_not_fit(world, models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """One line that names the field to lower, in the record of the shard and as the last word of the worker."""
     job = prepare_job(world.load("launch.retries=1"), str(tmp_path / "run"))
-    job.out.claim(job.info)
-    work = Work(recipe=job.recipe, out=str(job.out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.plan.pieces)
+    job.out.begin(job.info)
+    work = Work(recipe=job.recipe, out=str(job.out), run=job.info.fingerprint, todo=(0, 1, 2), pieces=job.source.pieces)
     line = r"batch: 5 images do not fit into memory; lower batch \(which makes another run: choose another OUT\) \(.*can't allocate memory"
     with pytest.raises(UserError, match=f"2 shards in a row failed, the last with {line}") as caught:
         work_through(work, models=replace(models, teacher_model=Greedy()))
@@ -326,7 +326,7 @@ def test_a_shard_that_kills_its_workers(world, tmp_path: Path) -> None:  # type:
 
 def test_what_failed_comes_last(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Workers begin at different places, each with the shards that failed least often."""
-    pieces = plan_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
+    pieces = find_source(str(world.tars), load_classes(world.clip / "prompts.yaml"), 12).pieces
     work, out = Work(recipe=world.load(), out=str(tmp_path), run="", todo=(0, 1, 2), pieces=pieces), RunDir(tmp_path)
     record_failure(out.store, 1, "once")
     for index, order in enumerate(([0, 2, 1], [2, 0, 1], [2, 0, 1])):

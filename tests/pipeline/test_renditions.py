@@ -18,7 +18,7 @@ from pipeline.renditions.scene import TRAIN, Scenes, draw_scenes, render_scenes
 from pipeline.renditions.styles import CLASSES, CLEAN, STYLES, TEACHER, UNSEEN, display_name
 from shards import seeded_generator
 from shards.codec import to_float
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Glyphs = dict[str, dict[int, torch.Tensor]]
@@ -77,7 +77,7 @@ def test_bpe_merges_the_most_frequent_pair_first() -> None:
 
 
 def test_teacher_and_discretizer_reach_their_aims(glyphs: Glyphs, demo: tuple[Recipe, Models]) -> None:
-    """Aims: 95 % on val, 85 % on seen and 65 % on unseen styles; at most 8 points lost on reconstructions (small samples here)."""
+    """Aims: 95 % on val, 85 % on seen, 65 % on unseen styles; reconstructions lose at most 8 points (small samples)."""
     _, models = demo
     right: dict[str, float] = {}
     for name, count in (("val", 300), ("rendition-seen", 200), ("rendition-unseen", 300)):
@@ -101,7 +101,7 @@ def test_demo_attack_keeps_between_half_and_most(tmp_path: Path, glyphs: Glyphs,
     recipe, models = demo
     compose(tmp_path / "world", ("rendition-3d",))
     classes = load_classes(TEACHER_DIR / "prompts.yaml")
-    piece = plan_source(str(tmp_path / "world" / "rendition-3d"), classes, 200).pieces[0]
+    piece = find_source(str(tmp_path / "world" / "rendition-3d"), classes, 200).pieces[0]
     rows = run_shard(
         0, replace(piece, count=200), recipe, classes, models, RunDir(tmp_path / "out"), "run", lambda rows: None
     )

@@ -1,4 +1,4 @@
-"""What status says of a run in any state."""
+"""The report of `status` on a run in any state."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_ranges() -> None:
     assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
-def claim(run: Path, shard: int, **told: object) -> None:
+def claim(run: Path, shard: int, **fields: object) -> None:
     """A claim as a worker on another machine writes it."""
     (run / "work").mkdir(exist_ok=True)
-    about = {"shard": shard, "host": "far", "machine": "far", "pid": 7, "worker": f"w{shard}", "beat": 1} | told
+    about = {"shard": shard, "host": "far", "machine": "far", "pid": 7, "worker": f"w{shard}", "beat": 1} | fields
     (run / "work" / f"running-{shard:06d}.json").write_text(json.dumps(about))
 
 
@@ -70,7 +70,7 @@ def unsealed(run: Path, *missing: int) -> RunDir:
 
 
 def test_running_shards(run_copy: Path) -> None:
-    """Each with its worker and how far it is; the speed is that of the workers at work, the time to go counts what they have done."""
+    """Every running shard with its worker and count; speed is that of running workers, ETA counts their samples."""
     survey = Survey(unsealed(run_copy, 1, 2))
     claim(run_copy, 1, samples=4, verified=3, rejected=1, rate=0.5)
     claim(run_copy, 2, samples=6, verified=2, rejected=3, rate=1.5)
@@ -84,13 +84,13 @@ def test_running_shards(run_copy: Path) -> None:
 
 
 def test_silent_workers_do_not_count(run_copy: Path) -> None:
-    """A worker that has given no sign of life for long is called silent, and promises no speed; idle time is never part of a speed."""
+    """A worker without heartbeat for long is called silent and adds no speed; idle time is never part of a speed."""
     survey = Survey(unsealed(run_copy, 1))
     claim(run_copy, 1, samples=4, rate=0.5)
     hour_ago = time.time() - 3600
     os.utime(run_copy / "work" / "running-000001.json", (hour_ago, hour_ago))
     state = survey.look()
-    assert state.rate == 0 and any("no sign of life for 1:00:0" in line for line in status_lines("OUT", state))
+    assert state.rate == 0 and any("no heartbeat for 1:00:0" in line for line in status_lines("OUT", state))
     assert "nothing is running" in status_lines("OUT", state)[-1]
     claim(run_copy, 1, samples=5, rate=0.5, beat=2)
     os.utime(

@@ -1,4 +1,4 @@
-"""Whatever happens to a run directory, `problems` names the file; whatever happens to its logits, the teacher is asked again."""
+"""`problems` names every damaged file of a run directory; `reinfer` finds logits that the teacher does not give."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_an_edited_part_file(run_copy: Path) -> None:
 
 
 def test_any_flipped_bit_of_a_part_file(run_copy: Path) -> None:
-    """Parquet has no checksum of its own: a bit flipped anywhere in a part is named, unless what the part says is still the same."""
+    """A bit flipped anywhere in a part is named, unless its content stays the same; Parquet has no checksum itself."""
     part = run_copy / part_name(0)
     whole = part.read_bytes()
     rows, record = RunDir(run_copy).part(0)
@@ -242,7 +242,7 @@ def test_reinference_of_a_good_run(finished_run: Path) -> None:
 
 
 def test_logits_altered_consistently(run_copy: Path) -> None:
-    """Soft labels changed with every checksum made to fit: no checksum can tell, the teacher does, for exactly these samples."""
+    """Soft labels changed and every checksum adapted: the teacher finds exactly these samples."""
     changed = []
 
     def shift(key: str, members: dict[str, bytes]) -> None:
@@ -295,7 +295,7 @@ def test_a_rejected_sample_among_the_verified(run_copy: Path) -> None:
 
 
 def test_another_teacher(world, finished_run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Asking another teacher than the one that labelled is refused, naming the field; the same one at another place is welcome."""
+    """Verifying with another teacher is refused, naming the field; the same teacher at another place is accepted."""
     from safetensors.torch import load_file, save_file
 
     clip = Path(shutil.copytree(world.clip, tmp_path / "clip"))

@@ -298,7 +298,7 @@ def test_a_run_without_a_canvas(copy: Path, canvas: object) -> None:
     tree = json.loads((copy / "run.json").read_text())
     tree["recipe"] = {"canvas": canvas} if canvas is not None else {}
     (copy / "run.json").write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=rf"^{copy}/run\.json: recipe\.canvas: {canvas!r} is no number of pixels"):
+    with pytest.raises(UserError, match=rf"^{copy}/run\.json: recipe\.canvas: {canvas!r} is not a number of pixels"):
         ShardDataset(str(copy))
 
 

@@ -16,8 +16,10 @@ from manifests import RunDir, UserError
 from manifests.files.cache import cache_folder
 from manifests.rows import encode_table
 from shards import ShardDataset, TrainingReader, iterate_tar
+from shards.canvas import load_canvas
 from shards.own_images import OwnImages
 from tests.conftest import draw_pictures, jpeg, write_tar
+from tests.hub import LAYOUTS, write_layout
 
 MakeRun = Callable[..., Path]
 SIZES = (9, 12)
@@ -47,8 +49,6 @@ def own(tmp_path: Path) -> Path:
 
 def test_images_join_their_labels(run: Path, own: Path) -> None:
     """Every key gets the canvas of its own image, whatever tar it lies in; labels and logits stay the run's."""
-    from shards.canvas import load_canvas
-
     by_key = {}
     for path in own.glob("*.tar"):
         with open(path, "rb") as file:
@@ -84,15 +84,60 @@ def test_the_join_is_kept(run: Path, own: Path) -> None:
         ShardDataset(str(run), "clean", images=own)
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/images", "class folders"])
-def test_images_that_are_no_tars(run: Path, tmp_path: Path, place: str) -> None:
-    """What was given is repeated as it was, and what would do is said."""
-    if "://" not in place:
-        place = str(tmp_path / place)
-        (Path(place) / "ant").mkdir(parents=True)
-        (Path(place) / "ant" / "1.jpg").write_bytes(jpeg(draw_pictures(1)[0]))
-    with pytest.raises(UserError, match=f"^images: {place}: holds no tars; give a local folder of WebDataset tars"):
-        ShardDataset(str(run), "clean", images=place)
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("place", ["local", "s3", "memory"])
+def test_the_layout_does_not_matter(
+    make_run: MakeRun, tmp_path: Path, request: pytest.FixtureRequest, kind: str, place: str
+) -> None:
+    """The same images under the same keys, wherever they lie: read at random, by several readers, and from the kept join."""
+    if place == "s3":
+        request.getfixturevalue("object_store")
+    root = {"local": str(tmp_path), "s3": f"s3://bucket/{tmp_path.name}", "memory": f"memory://{tmp_path.name}"}[place]
+    names = [f"s{shard}-{n:02d}" for shard, size in enumerate(SIZES) for n in range(size)]
+    pictures = [jpeg(picture[:, :, :24]) for picture in draw_pictures(len(names))]
+    # A class folder is a part of its images' keys, as in a run that was made from class folders
+    folder = "n1-" if kind == "folders" else ""
+    samples = [(name, data, 0) for name, data in zip(names, pictures, strict=True)]
+    where = write_layout(f"{root}/own", kind, samples[::-1], ["n1"], "jpg")
+    run = make_run(tmp_path / "run", sizes=SIZES, images=False, prefix=folder)
+    expected = {folder + name: load_canvas(data, 8) for name, data in zip(names, pictures, strict=True)}
+    for _ in range(2):
+        dataset = ShardDataset(str(run), "clean", images=where)
+        assert len(dataset) > 15
+        for n in reversed(range(len(dataset))):
+            assert torch.equal(dataset[n].image, expected[dataset[n].key])  # type: ignore[arg-type]
+    if place != "memory":  # which another process would not see
+        batches = TrainingReader(str(run), batch_size=5, streams=("clean",), images=where).batches(0, workers=1)
+        for batch in batches:
+            for key, image in zip(batch["clean"].keys, batch["clean"].images, strict=True):
+                assert torch.equal(image, expected[key])
+
+
+def test_what_holds_no_images(run: Path, tmp_path: Path) -> None:
+    """One line that repeats what was given, and says what would do."""
+    (tmp_path / "empty" / "ant").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^images: {tmp_path}/empty: holds no images; expected WebDataset tars"):
+        ShardDataset(str(run), "clean", images=tmp_path / "empty")
+    with pytest.raises(UserError, match=f"^images: {tmp_path}/none: no such file or folder$"):
+        ShardDataset(str(run), "clean", images=tmp_path / "none")
+    with pytest.raises(UserError, match=r"^images: pipe:cat a\.tar: images are read at random"):
+        ShardDataset(str(run), "clean", images="pipe:cat a.tar")
+
+
+@pytest.mark.parametrize("kind", ["folders", "parquet"])
+def test_files_that_change_while_they_are_read(make_run: MakeRun, tmp_path: Path, kind: str) -> None:
+    samples = [(f"s0-{n:02d}", jpeg(picture), 0) for n, picture in enumerate(draw_pictures(9))]
+    where = write_layout(tmp_path / "own", kind, samples, ["n1"], "jpg")
+    run = make_run(tmp_path / "run", sizes=(9,), images=False, prefix="n1-" if kind == "folders" else "")
+    dataset = ShardDataset(str(run), "clean", images=where)
+    if kind == "folders":
+        (tmp_path / "own" / "n1" / "s0-02.jpg").unlink()
+        with pytest.raises(UserError, match=rf"^{where}/n1/s0-02\.jpg: cannot read the file: No such file"):
+            dataset[2]
+    else:
+        write_layout(where, kind, samples[::-1], ["n1"], "jpg")
+        with pytest.raises(UserError, match=rf"^{where}/set-0\.parquet: s0-02 is no longer where it was"):
+            dataset[2]
 
 
 def test_a_run_without_names(run: Path, own: Path) -> None:
@@ -140,7 +185,7 @@ def test_a_key_that_occurs_twice(run: Path, own: Path) -> None:
     ShardDataset(str(run), "clean", images=own)
     write_tar(own / "val.tar", [("s0-00.jpg", jpeg(pictures[1]))])
     with pytest.raises(
-        UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a folder"
+        UserError, match=rf"^images: s0-00 is in {own}/mine-\d\.tar and again in {own}/val\.tar; name a source"
     ):
         ShardDataset(str(run), "clean", images=own)
 

@@ -285,7 +285,7 @@ def test_bench_prints_all_four(python: Callable[..., object]) -> None:
     [
         ("--workers=-1", "--workers: -1: from 0 to 8"),
         ("--workers=0,3 --shards=2", "--workers: 0,3: from 0 to 2, so that each has a tar; raise --shards"),
-        ("--workers=two", "--workers: 'two' is no list of numbers"),
+        ("--workers=two", "--workers: 'two' is not a list of numbers"),
         ("--samples=-5", "'--samples': -5 is not in the range"),
         ("--samples=10", "--samples: 10: fewer than a batch of 1024"),
     ],

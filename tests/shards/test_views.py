@@ -17,7 +17,7 @@ from manifests import UserError
 from shards import ShardDataset, TrainingReader, ViewSettings, decode_image, draw_views, replay, soft_label_members
 from shards.__main__ import main
 from shards.codec import decode_array, encode_array
-from shards.shortening import clip_like, compare, soft_labels_of
+from shards.shortening import clip_like, shortening_errors, soft_labels_of
 from shards.views import VIEW, expand, shorten, view_of_epoch
 
 CLASSES, SIDE, VIEWS = 5, 8, 3
@@ -208,7 +208,7 @@ def test_top_k_in_a_run(make_run: MakeRun, tmp_path: Path) -> None:
 def test_what_shortening_loses_is_told(plain_run: Path) -> None:
     """Less with every logit that is kept, and nothing with all but one; of a run's own labels, and of a teacher like CLIP."""
     logits = clip_like(50)
-    errors = [compare(logits, k, 4.0) for k in (10, 50, 200, 999)]
+    errors = [shortening_errors(logits, k, 4.0) for k in (10, 50, 200, 999)]
     for student in ("untrained", "near"):
         off, alike = zip(*(found[student] for found in errors), strict=True)
         assert sorted(off, key=abs, reverse=True) == list(off) and sorted(alike) == list(alike), student

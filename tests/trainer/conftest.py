@@ -13,6 +13,7 @@ from shards import ImageFormat, TarWriter, encode_image
 from shards.codec import encode_array
 
 CLASSES, SIDE, SHARDS, PER_SHARD = 5, 32, 3, 17
+NAMES = [f"class {i}" for i in range(CLASSES)]
 
 
 def write_run(out: Path, classes: int = CLASSES, *, clean_images: bool = True) -> Path:
@@ -29,7 +30,7 @@ def write_run(out: Path, classes: int = CLASSES, *, clean_images: bool = True) -
         samples=SHARDS * PER_SHARD,
         versions={},
     )
-    run.claim(info)
+    run.begin(info)
     for shard in range(SHARDS):
         tars = {"clean": TarWriter(), "dad": TarWriter()}
         rows = []

@@ -23,6 +23,7 @@ from manifests import RunDir, UserError
 from shards import Batch, TrainingReader
 from trainer.checkpoint import BEST, LAST, STUDENT_INFO, StudentDir
 from trainer.evaluation.score import score_set
+from trainer.evaluation.sets import image_set
 from trainer.loop import Hooks, train
 from trainer.methods.losses import cross_entropy, distillation_kl
 from trainer.methods.method import Images, total
@@ -32,7 +33,7 @@ from trainer.run import Training
 from trainer.step import Learner, Losses, train_step
 from trainer.student import create_student
 
-from .conftest import CLASSES, PER_SHARD, SHARDS, SIDE, write_image_set, write_run
+from .conftest import CLASSES, NAMES, PER_SHARD, SHARDS, SIDE, write_image_set, write_run
 
 STUDENT = "test_resnet"  # timm's smallest
 PROJECT = Path(__file__).resolve().parents[2]
@@ -108,7 +109,7 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
 def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> None:
     """A run of labels only, with the images in tars of the user's own: to the bit the student of the run that holds them."""
     labels_only = write_run(tmp_path / "labels", clean_images=False)
-    with pytest.raises(UserError, match="hold labels only, without images; name the folder of your own image tars"):
+    with pytest.raises(UserError, match="hold labels only, without images; name the folder or URL of your own"):
         train(recipe(labels_only, "epochs=1"), str(tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
     train(recipe(labels_only, "epochs=1", f"images={tiny_run / 'clean'}", "workers=1"), str(tmp_path / "joined"))
@@ -144,7 +145,7 @@ def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
     assert len(rows) == 13
     first, last = (float(rows[i].split(",")[1]) for i in (1, -1))
     assert last < 0.5 * first
-    score = score_set(run.load_student(), tiny_run / "clean", CLASSES, SIDE, torch.device("cpu"), bf16=False)
+    score = score_set(run.load_student(), image_set(tiny_run / "clean", NAMES), SIDE, torch.device("cpu"), bf16=False)
     assert score.images == SHARDS * PER_SHARD and score.top1 > 70  # the commonest class is a third
 
 
@@ -248,7 +249,7 @@ def test_unknown_student_gets_near_names(tiny_run: Path, tmp_path: Path) -> None
 
 def test_label_outside_the_class_list_is_named(tiny_run: Path, tmp_path: Path) -> None:
     validation = write_image_set(tmp_path / "val", classes=9)
-    with pytest.raises(UserError, match="has label 5, the student knows 5 classes"):
+    with pytest.raises(UserError, match=r"label 5 is outside the class list \(0 to 4\)"):
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
 
 
@@ -342,7 +343,7 @@ def test_validation_set_of_another_class_list_is_refused_before_the_first_step(t
     ):
         train(recipe(tiny_run, f"validation={validation}"), str(tmp_path / "student"))
     with pytest.raises(
-        UserError, match=r"^validation: .*/nowhere: no image set here .*; set another, or validation=null"
+        UserError, match=r"^validation: .*/nowhere: no such file or folder; .*; set another, or validation=null"
     ):
         train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))
 

@@ -1,4 +1,4 @@
-"""Scores of a student that are kept until its weights or the image sets change."""
+"""The file of a student's scores, which holds until its weights or the image sets change."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from manifests.recipe import fingerprint
 
 from ..checkpoint import BEST, StudentDir
 from .score import Score, evaluate
-from .sets import set_tars, sets_below
+from .sets import image_set, set_in, sets_below
 
 RESULTS = "eval.json"
 
 
-def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dict[str, Score]:
-    """Score the best checkpoint of a student on every set below ``data``; kept in eval.json until the weights or the sets change."""
+def evaluate_run(directory: StudentDir, data: str | Path, device: str = "auto") -> dict[str, Score]:
+    """Score the best checkpoint of a student on every set in the folder ``data``, local or a URL.
+
+    The scores stay in eval.json until the weights or the sets change.
+    """
     info = directory.info()
-    tars = [tar for name in sets_below(data) for tar in set_tars(data / name)]
-    found = [(str(tar.relative_to(data)), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars]
+    found = [
+        (f"{name}/{file}", size, version)
+        for name in sets_below(data)
+        for file, size, version in image_set(set_in(data, name), info.classes).stamps()
+    ]
     weights = directory.store.sha256(BEST)
     made_from = fingerprint([weights, found])
     kept = directory.path / RESULTS
@@ -34,7 +40,7 @@ def evaluate_run(directory: StudentDir, data: Path, device: str = "auto") -> dic
         "the student does not fit into memory to be scored; free some, or leave out the GPU with CUDA_VISIBLE_DEVICES="
     ):
         scores = evaluate(
-            student.to(where), data, len(info.classes), info.side, where, bf16=bf16, threads=threads, label=label
+            student.to(where), data, info.classes, info.side, where, bf16=bf16, threads=threads, label=label
         )
     directory.store.write(RESULTS, scores_to_json(scores, made_from=made_from, weights=weights).encode())
     return scores
@@ -51,7 +57,7 @@ def scores_to_json(scores: Mapping[str, Score], *, made_from: str, weights: str)
 
 
 def scores_from_json(text: bytes, **expected: str) -> dict[str, Score] | None:
-    """The scores, or None when they are of another ``made_from`` or ``weights`` than expected, or unreadable: they are measured again."""
+    """The scores; None when they are unreadable, or of another ``made_from`` or ``weights`` than expected: then measure again."""
     try:
         tree = json.loads(text)
         return (

@@ -1,20 +1,22 @@
-"""Top-1 of a student on image sets (folders of WebDataset tars with ``.cls``), with its binomial standard error."""
+"""Top-1 of a student on image sets, with its binomial standard error."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from manifests import UserError
+from manifests.notes import note
 from manifests.progress import progress
 from shards.codec import to_float
+from shards.sources import ImageSet
 
-from ..ranks.distributed import rank, sum_over_ranks, world
-from .sets import read_set, sets_below
+from ..ranks.distributed import gather, is_first, rank, sum_over_ranks, world
+from .sets import image_set, set_in, sets_below
 
 BATCH = 250  # images at a time
 
@@ -24,7 +26,8 @@ class Score:
     """Top-1 on one set."""
 
     right: int
-    images: int
+    images: int  # that could be read
+    left_out: int = 0  # samples that could not, at most `MAX_ERRORS` of all
 
     @property
     def top1(self) -> float:
@@ -40,8 +43,7 @@ class Score:
 
 def score_set(
     model: nn.Module,
-    folder: Path,
-    classes: int,
+    images: ImageSet,
     side: int,
     device: torch.device,
     *,
@@ -51,11 +53,13 @@ def score_set(
 ) -> Score:
     """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back.
 
-    Several processes share the images out, and all get the score of the whole set. Raises UserError as `read_set` does, and for no images.
+    Several processes share the images out, and all get the score of the whole set. Samples that cannot be used are left out, and a
+    note names the first. Raises UserError for too many of them, for a set without images, and as `ImageSet.pictures` does.
     """
     was_training = model.training
     model.eval()
-    right = images = 0
+    right = seen = bad = 0
+    first: str | None = None
     pending: list[tuple[torch.Tensor, int]] = []
 
     def flush() -> int:
@@ -64,25 +68,32 @@ def score_set(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return int((model(x).argmax(1) == y).sum())
 
-    for sample in read_set(folder, classes, side, part=rank(), parts=world(), threads=threads):
-        pending.append(sample)
-        images += 1
+    for picture in images.pictures(side, part=rank(), parts=world(), threads=threads):
+        if picture.image is None:
+            bad, first = bad + 1, first or picture.problem
+            continue
+        pending.append((picture.image, picture.label))
+        seen += 1
         if len(pending) == batch:
             right += flush()
             pending.clear()
     if pending:
         right += flush()
     model.train(was_training)
-    right, images = sum_over_ranks(torch.tensor([right, images])).tolist()
-    if images == 0:
-        raise UserError(f"{folder}: its tars hold no samples")
-    return Score(right=right, images=images)
+    right, seen, bad = sum_over_ranks(torch.tensor([right, seen, bad])).tolist()
+    images.refuse_empty(seen + bad)
+    if bad:
+        problem = next(found for found in gather(first) if found is not None)
+        images.refuse_many(problem, bad, seen + bad)
+        if is_first():
+            note(f"{images.describe(problem, bad, seen + bad)}; the score leaves them out")
+    return Score(right=right, images=seen, left_out=bad)
 
 
 def evaluate(
     model: nn.Module,
-    data: Path,
-    classes: int,
+    data: str | Path,
+    classes: Sequence[str],
     side: int,
     device: torch.device,
     *,
@@ -90,11 +101,13 @@ def evaluate(
     threads: int = 1,
     label: str,
 ) -> dict[str, Score]:
-    """Score a model on every set of a data folder."""
+    """Score a model on every set in a data folder. All are checked before the first is scored. classes: names, in label order."""
+    sets = {name: image_set(set_in(data, name), classes) for name in sets_below(data)}
+    for images in sets.values():
+        images.check()
     scores = {}
-    names = sets_below(data)
-    with progress(len(names), f"evaluating {label}", "set") as bar:
-        for name in names:
-            scores[name] = score_set(model, data / name, classes, side, device, bf16=bf16, threads=threads)
+    with progress(len(sets), f"evaluating {label}", "set") as bar:
+        for name, images in sets.items():
+            scores[name] = score_set(model, images, side, device, bf16=bf16, threads=threads)
             bar.update()
     return scores

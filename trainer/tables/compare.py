@@ -12,13 +12,13 @@ from manifests.recipe import fingerprint
 
 from ..checkpoint import BEST, STUDENT_INFO, StudentDir
 from ..evaluation.kept import evaluate_run
-from ..evaluation.sets import check_set, sets_below
+from ..evaluation.sets import image_set, set_in, sets_below
 from .markdown import markdown
 from .picture import picture
 from .results import Result, with_reference
 
 
-def result_of(directory: StudentDir, data: Path) -> Result:
+def result_of(directory: StudentDir, data: str | Path) -> Result:
     info = directory.info()
     identity = dict(info.identity)
     seed, method = identity.pop("seed"), identity["method.name"]
@@ -57,14 +57,14 @@ def write_report(results: Sequence[Result], out: str, title: str, extra: str = "
     return table
 
 
-def compare(paths: Sequence[str], data: Path, out: str) -> None:
+def compare(paths: Sequence[str], data: str | Path, out: str) -> None:
     """Evaluate runs and report them, beside the committed reference rows of the same architecture."""
     names = sets_below(data)
     results: dict[tuple[object, ...], Result] = {}
     for run in find_runs(paths):
         try:
             for name in names:
-                check_set(data / name, run.info().classes)
+                image_set(set_in(data, name), run.info().classes)
             result = result_of(run, data)
             if (same := (result.student, result.method, result.recipe, result.seed)) in results:
                 raise UserError(

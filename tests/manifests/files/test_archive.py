@@ -45,7 +45,7 @@ class Recipe:
 
 
 def lightning(path: Path, state: dict[str, torch.Tensor] = STATE, **extra: Any) -> Path:
-    """A checkpoint in Lightning's layout: callbacks keyed by their class, hyper-parameters as an object, optimizer states."""
+    """A checkpoint in Lightning's layout: callbacks keyed by class, hyper-parameters as an object, optimizer states."""
     gone = types.ModuleType("a_training_script")
     callback = type("ModelCheckpoint", (), {"__module__": gone.__name__})
     settings = type("Settings", (Recipe,), {"__module__": gone.__name__})
@@ -73,7 +73,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_a_lightning_checkpoint(tmp_path: Path) -> None:
-    """The state dict alone, to the bit: views, half precision, parameters, empty tensors; classes that cannot be imported do not matter."""
+    """The state dict comes out to the bit: views, half precision, parameters, empty tensors; no class is imported."""
     path = lightning(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match=r"last\.ckpt: holds more than tensors .*convert-vqgan"):
         load_weights(path)
@@ -164,7 +164,7 @@ def test_traps_are_never_run(tmp_path: Path, way: str, place: str) -> None:
             torch.load(path, weights_only=False)
     finally:
         del sys.modules["a_training_script"]
-    assert target.exists()  # the trap works: what held it was the reader
+    assert target.exists()  # the trap works: it was the reader that held it
 
 
 def archive(path: Path, program: bytes, **files: bytes) -> Path:
@@ -223,8 +223,8 @@ def test_an_archive_changes_nothing_of_ours(tmp_path: Path, module_name: str) ->
     assert before == (archive_module._tensor.__name__, OrderedDict.__name__, str(torch.float32), os.path.__name__)
 
 
-class Claim:
-    """Four floats that claim to be a tensor of another shape."""
+class Forged:
+    """Four floats that are pickled as a tensor of another shape."""
 
     def __init__(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
         self.shape = (offset, size, stride)
@@ -252,11 +252,10 @@ def test_shapes_that_leave_their_storage(
     tmp_path: Path, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
     """A tensor that would read beside its storage, or grow to 64 GiB out of four numbers, is refused in one line."""
-    torch.save({"a": Claim(1, (3,), (1,)), "b": Claim(0, (2, 2), (1, 2))}, tmp_path / "good.pt")
-    assert_same(
-        read_tensors(tmp_path / "good.pt"), {"a": torch.tensor([1.0, 2, 3]), "b": torch.tensor([[0.0, 2], [1, 3]])}
-    )
-    torch.save({"a": Claim(offset, size, stride)}, tmp_path / "bad.pt")
+    torch.save({"a": Forged(1, (3,), (1,)), "b": Forged(0, (2, 2), (1, 2))}, tmp_path / "good.pt")
+    expected = {"a": torch.tensor([1.0, 2, 3]), "b": torch.tensor([[0.0, 2], [1, 3]])}
+    assert_same(read_tensors(tmp_path / "good.pt"), expected)
+    torch.save({"a": Forged(offset, size, stride)}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=r"bad\.pt: not a torch archive") as caught:
         read_tensors(tmp_path / "bad.pt")
     assert "\n" not in str(caught.value)
@@ -267,9 +266,8 @@ def test_damaged_archives(tmp_path: Path) -> None:
     whole = lightning(tmp_path / "whole.ckpt").read_bytes()
     files = {f"cut{share}.ckpt": whole[: len(whole) * share // 100] for share in (0, 1, 50, 90, 99)}
     place = whole.index(bytes(BASE.numpy().tobytes()))
-    files["flipped.ckpt"] = (
-        whole[: place + 9] + bytes([whole[place + 9] ^ 1]) + whole[place + 10 :]
-    )  # zip's checksum tells
+    # zip's checksum finds the flipped bit
+    files["flipped.ckpt"] = whole[: place + 9] + bytes([whole[place + 9] ^ 1]) + whole[place + 10 :]
     files["page.ckpt"] = b"<!doctype html>\n<p>404 not found"
     files["pickle.ckpt"] = pickle.dumps({"a": 1})
     buffer = io.BytesIO()
@@ -280,10 +278,8 @@ def test_damaged_archives(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     torch.save(dict(STATE), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     torch.save({"epoch": 3}, tmp_path / "nothing.ckpt")
-    with (
-        zipfile.ZipFile(tmp_path / "whole.ckpt") as old,
-        zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
+    packed = zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as old, packed:
         for name in old.namelist():
             packed.writestr(name, old.read(name))
     for name in (*files, "old.ckpt", "nothing.ckpt", "packed.ckpt", "missing.ckpt"):
@@ -307,7 +303,7 @@ def test_storages_of_another_size(tmp_path: Path) -> None:
 
 
 def test_any_flipped_bit(tmp_path: Path) -> None:
-    """A bit that flips anywhere gives the same tensors or a refusal, never other numbers and never another exception."""
+    """A flipped bit anywhere gives the same tensors or a refusal, never other numbers, never another exception."""
     path = lightning(tmp_path / "last.ckpt")
     data = bytearray(path.read_bytes())
     generator = torch.Generator().manual_seed(0)

@@ -50,7 +50,7 @@ print(cache_folder("tars"))
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without a home")
 def test_a_user_without_a_home(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Is told which variable to set; once it is, a home is not asked for."""
+    """A user without a home learns which variable to set; with it, no home is needed."""
     told = python(NOBODY)
     assert told.stdout.splitlines() == [
         "this user has no home folder to keep a cache in; set DAD_CACHE to a folder on a local disk", "/scratch/tars"
@@ -58,7 +58,7 @@ def test_a_user_without_a_home(python: Callable[..., subprocess.CompletedProcess
 
 
 def test_a_forked_process_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
-    """A thread holds the lock while loader processes are forked: once it lets go, another gets it, and a child can have it too."""
+    """A lock that a thread holds while loader processes are forked can be taken later, by a thread or a child."""
     go_on, held = threading.Event(), threading.Event()
 
     def hold() -> None:

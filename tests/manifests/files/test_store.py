@@ -44,7 +44,7 @@ def test_reads_what_was_written(store: Store) -> None:
 
 
 def test_ranges(store: Store) -> None:
-    """`read_range` gives exactly the bytes asked for, fewer at the end, and FileNotFoundError where there is no file."""
+    """`read_range` gives exactly the bytes asked for, fewer at the end, and FileNotFoundError without a file."""
     store.write("x", bytes(range(256)) * 20)
     for offset, size in ((0, 10), (250, 300), (5110, 10), (5119, 1)):
         assert store.read_range("x", offset, size) == (bytes(range(256)) * 20)[offset : offset + size]
@@ -60,7 +60,7 @@ def test_a_trailing_slash_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_the_root_and_whole_stores() -> None:
-    """Of "/" and "scheme://" the slash is no trailing one."""
+    """The slash of "/" and "scheme://" is no trailing slash."""
     assert (
         str(Store("/")) == "/"
         and Store("/").where("x") == "/x"
@@ -73,7 +73,7 @@ def test_the_root_and_whole_stores() -> None:
 
 
 def test_writable_or_not(store: Store, tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
-    """Told without leaving anything behind; of a folder that is not there yet by the one above it."""
+    """The check leaves nothing behind; a folder that is not there yet is judged by the folder above it."""
     store.check_writable()
     assert not store.exists() and not any(path for path in tmp_path.iterdir() if path.name != "disk")
     store.write("x", b"")
@@ -174,7 +174,7 @@ print(store.names(""), store.read("x"), len(list(__import__("pathlib").Path(sys.
 
 
 def test_a_limit_on_file_sizes(tmp_path: Path, python: Callable[..., Any]) -> None:
-    """`ulimit -f`, or a file system that knows no files that large: an error, the old file whole, nothing left behind."""
+    """A file larger than `ulimit -f` or the file system allows: an error, the old file whole, nothing left behind."""
     told = python(LIMITED, tmp_path)
     assert told.stdout == "refused\n['x'] b'old' 1\n", told.stderr[-500:]
 
@@ -204,7 +204,7 @@ def test_links_and_folders(tmp_path: Path) -> None:
 
 
 def test_stale_temporaries(tmp_path: Path) -> None:
-    """Temporary files are not listed; those of dead processes of this host are removed, others and other files are left."""
+    """Temporary files are not listed; those of this host's dead processes are removed, all other files stay."""
     from manifests.files.store import HOST
 
     names = [f".x.tar.{HOST}.{pid}.tmp" for pid in (2**22 + 5, os.getpid())] + [

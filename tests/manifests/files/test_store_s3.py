@@ -1,4 +1,4 @@
-"""The same store on a real S3 server that fails: what is written is whole or not there, what is asked for comes, or one line says why."""
+"""The same store on a real S3 server that fails: a file is whole or not there; a read succeeds or one line says why."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def test_listings_are_never_from_a_cache(store: Store) -> None:
 
 
 def test_one_of_many_creates(store: Store) -> None:
-    """Eight clients create one file at once: one does, and its content stays; asking again for the same content is no refusal."""
-    told: list[tuple[bool, bytes]] = []
+    """Of eight clients that create one file at once, one succeeds and its content stays; repeating it is no refusal."""
+    answers: list[tuple[bool, bytes]] = []
     contents = [bytes([n]) for n in range(8)]
-    threads = [threading.Thread(target=lambda c=c: told.append((store.create("x", c), c))) for c in contents]  # type: ignore[misc]
+    threads = [threading.Thread(target=lambda c=c: answers.append((store.create("x", c), c))) for c in contents]  # type: ignore[misc]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [store.read("x")] == [content for made, content in told if made]
+    assert [store.read("x")] == [content for made, content in answers if made]
     assert store.create("x", store.read("x")) and not store.create("x", b"else")
 
 
@@ -59,7 +59,7 @@ def test_a_busy_store(store: Store, object_store: FaultyProxy, faults: dict[str,
 
 
 def test_a_cut_upload_is_never_seen(store: Store, faults: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every upload is cut in the middle: one line that names the URL; the old content is still there, a new name is not."""
+    """Every upload is cut in the middle: one line names the URL; the old content is there, a new name is not."""
     monkeypatch.setattr("manifests.files.store.PAUSES", (None,))
     monkeypatch.setattr(type(store.fs), "retries", 1)
     store.write("old", b"old")
@@ -73,7 +73,7 @@ def test_a_cut_upload_is_never_seen(store: Store, faults: dict[str, float], monk
 
 
 def test_a_store_that_does_not_answer(store: Store, faults: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading is told from writing: one concerns a file, the other the place."""
+    """Errors of reading and of writing differ: one concerns a file, the other the place."""
     monkeypatch.setattr("manifests.files.store.PAUSES", (None,))
     monkeypatch.setattr(type(store.fs), "retries", 1)
     faults["503"] = 1.0

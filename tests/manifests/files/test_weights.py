@@ -24,7 +24,7 @@ def equal(found: dict[str, torch.Tensor]) -> bool:
 
 
 def test_layouts(tmp_path: Path) -> None:
-    """safetensors, a bare torch state dict, one below ``state_dict``, and torch's old format without zip: the same tensors."""
+    """safetensors, a torch state dict (bare, or below ``state_dict``), torch's old format: the same tensors."""
     save_file(STATE, tmp_path / "a.safetensors")
     torch.save(STATE, tmp_path / "b.pt")
     torch.save({"state_dict": STATE, "epoch": 4}, tmp_path / "c.ckpt")
@@ -61,11 +61,15 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "whole.safetensors")
     generator = torch.Generator().manual_seed(0)
     contents = {
-        "page.pt": b"<html><body>404 Not Found</body></html>", "empty.pt": b"", "empty.safetensors": b"", "tree.safetensors": b"{}",
+        "page.pt": b"<html><body>404 Not Found</body></html>", "empty.pt": b"", "empty.safetensors": b"",
+        "tree.safetensors": b"{}",
         "huge.safetensors": struct.pack("<Q", 2**62) + b"{}", "half.pt": (tmp_path / "whole.pt").read_bytes()[:700],
         "half.safetensors": (tmp_path / "whole.safetensors").read_bytes()[:-3], "zip.pt": b"PK\3\4" + bytes(100),
         **{f"random{n}.pt": bytes(torch.randint(0, 256, (300,), generator=generator).tolist()) for n in range(20)},
-        **{f"pickle{n}.pt": b"\x80\x02" + bytes(torch.randint(0, 256, (50,), generator=generator).tolist()) for n in range(20)},
+        **{
+            f"pickle{n}.pt": b"\x80\x02" + bytes(torch.randint(0, 256, (50,), generator=generator).tolist())
+            for n in range(20)
+        },
     }  # fmt: skip
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
@@ -96,7 +100,7 @@ def test_find_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_fingerprint(tmp_path: Path) -> None:
-    """Over the contents, in order; names do not matter; moving bytes from one file to the next does."""
+    """The digest covers the contents in order; names do not matter, but moving bytes between files does."""
     a, b, c = (tmp_path / name for name in "abc")
     a.write_bytes(b"one"), b.write_bytes(b"two"), c.write_bytes(b"one")
     assert files_fingerprint([a, b]) == files_fingerprint([c, b]) != files_fingerprint([b, a])

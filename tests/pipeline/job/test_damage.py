@@ -1,4 +1,4 @@
-"""Cut anywhere, flipped anywhere, swapped, foreign, edited: `RunDir.damage`, which decides what is made anew, and the reader name it."""
+"""Files that are cut, flipped, swapped, foreign or edited: both `RunDir.damage` and the reader name them."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def foreign_part(run: Path) -> None:
     ],
 )
 def test_what_is_not_sound_is_withdrawn_and_made_anew(
-    world, run_copy: Path, finished_run: Path, run_digests: Callable[[Path], dict[str, str]], harm: Callable[[Path], object],
-    unsound: set[int], word: str, capsys: pytest.CaptureFixture[str],
+    world, run_copy: Path, finished_run: Path, run_digests: Callable[[Path], dict[str, str]],
+    harm: Callable[[Path], object], unsound: set[int], word: str, capsys: pytest.CaptureFixture[str],
 ) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
-    """Named; its part file is withdrawn, so that no other command takes it for done; the next run is whole again, to the byte."""
+    """A damaged shard is named and loses its part file, so that no command takes it for done; the next run mends it."""
     harm(run_copy)
     run = RunDir(run_copy)
     assert sound_shards(run, run.info(), range(3)) == {0, 1, 2} - unsound

@@ -1,4 +1,4 @@
-"""Every odd kind of image file that large image sets hold, through the per-shard job: the right pixels, or a row that says why not."""
+"""Odd image files of large image sets in the per-shard job: the right pixels, or a row that says why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from manifests import RunDir
 from pipeline.job.shard import run_shard
 from shards import decode_image
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Colours = list[tuple[int, ...]]
@@ -49,14 +49,14 @@ def frames(form: str, **options: Any) -> bytes:
 
 
 def turned() -> bytes:
-    """Stored lying on its side, with the EXIF tag that says so."""
+    """An image stored on its side, with the EXIF tag for it."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(quarters().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
 
 
 def ycck() -> bytes:
-    """A CMYK JPEG as Photoshop writes it: inverted, with C, M and Y as YCbCr, and Adobe's marker saying so (transform 2)."""
+    """A CMYK JPEG as Photoshop writes it: inverted, C, M and Y as YCbCr, with Adobe's marker (transform 2)."""
     cyan, magenta, yellow, black = quarters().convert("CMYK").split()
     inks = Image.merge("RGB", (cyan, magenta, yellow)).convert("YCbCr").split()
     inverted = [Image.eval(band, lambda value: 255 - value) for band in inks]  # PIL inverts all four once more
@@ -145,13 +145,13 @@ KINDS: dict[str, tuple[bytes, Colours | str]] = {
 
 @pytest.fixture(scope="module")
 def shard(world, models, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Row], dict[str, bytes]]:  # type: ignore[no-untyped-def]
-    """All kinds, and a good image before and behind them, in one shard: its rows and its stored clean images, by kind."""
+    """Make one shard of all kinds between two good images; returns its rows and stored clean images, by kind."""
     folder = tmp_path_factory.mktemp("odd")
     (folder / "images" / "n09").mkdir(parents=True)
     for kind, (data, _) in (KINDS | {"good": (JPEG, QUARTERS)}).items():
         (folder / "images" / "n09" / f"{kind}.JPEG").write_bytes(data)
     classes = load_classes(world.clip / "prompts.yaml")
-    (piece,) = plan_source(str(folder / "images"), classes, 100).pieces
+    (piece,) = find_source(str(folder / "images"), classes, 100).pieces
     rows = run_shard(0, piece, world.load(), classes, models, RunDir(folder / "run"), "run", lambda new: None)
     with tarfile.open(folder / "run" / "clean" / "clean-000000.tar") as tar:
         images = {m.name[4:-4]: tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")}  # type: ignore[union-attr]

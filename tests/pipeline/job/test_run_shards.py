@@ -19,7 +19,7 @@ from manifests import RunDir, UserError
 from pipeline.job import batch
 from pipeline.job.models import Models, load_models
 from pipeline.job.shard import run_shard, run_shards
-from shards.sources import Piece, SourceSample, plan_source
+from shards.sources import Piece, SourceSample, find_source
 from shards.sources.classes import ClassList, load_classes
 
 Digests = Callable[[Path], dict[str, str]]
@@ -34,7 +34,7 @@ def classes(world) -> ClassList:  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="module")
 def pieces(world, classes: ClassList) -> list[Piece]:  # type: ignore[no-untyped-def]
     """Eight shards of five samples or fewer, of the world's tars."""
-    return list(plan_source(str(world.tars), classes, 5).pieces)
+    return list(find_source(str(world.tars), classes, 5).pieces)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_same_bytes_as_one_at_a_time(  # type: ignore[no-untyped-def]
     tmp_path: Path,
     threads: int,
 ) -> None:
-    """In any order of work, with any number of codec threads, with pauses in the stream of work: shard for shard the same files."""
+    """Any order of work, any number of codec threads, pauses in the work: every shard has the same files."""
     work: Work = [(shard, pieces[shard]) for shard in reversed(range(len(pieces)))]
     work[3:3] = [None]
     seen: list[tuple[int, int]] = []
@@ -122,7 +122,7 @@ def test_a_shard_that_fails_leaves_the_others_alone(  # type: ignore[no-untyped-
     tmp_path: Path,
     after: int,
 ) -> None:
-    """A source that breaks at its beginning, in its middle or near its end: that shard says why and writes nothing; all others are made."""
+    """A source that breaks at its start, middle or end: its shard says why and writes nothing; all others are made."""
     bad = {1, 2, len(pieces) - 1}
     counts = [piece.count for piece in pieces]
     work = [(n, Failing(piece, min(after, counts[n] - 1)) if n in bad else piece) for n, piece in enumerate(pieces)]
@@ -137,9 +137,9 @@ def test_a_shard_that_fails_leaves_the_others_alone(  # type: ignore[no-untyped-
 
 
 def test_a_damaged_tar_between_good_ones(world, classes: ClassList, models: Models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A tar that is overwritten after the plan was made: its shard fails by name, and made again alone, once mended, it is as it was."""
+    """A tar that is overwritten after it was indexed fails its shard by name; once mended, it gets its old bytes."""
     tars = Path(shutil.copytree(world.tars, tmp_path / "tars"))
-    work = list(enumerate(plan_source(str(tars), classes, 12).pieces))
+    work = list(enumerate(find_source(str(tars), classes, 12).pieces))
     whole = (tars / "source-1.tar").read_bytes()
     (tars / "source-1.tar").write_bytes(whole[: len(whole) // 2])
     outcomes = dict(
@@ -178,7 +178,7 @@ def test_a_model_that_fails(  # type: ignore[no-untyped-def]
 def test_nothing_is_drawn_long_before_it_is_needed(  # type: ignore[no-untyped-def]
     world, classes: ClassList, models: Models, pieces: list[Piece], tmp_path: Path
 ) -> None:
-    """Work is drawn one shard ahead at most: other workers find the rest. While nothing is free (None), what was drawn is finished."""
+    """Work is drawn at most one shard ahead, so that others find the rest; after None the drawn shards are finished."""
     drawn: list[int] = []
     finished: list[int] = []
 
@@ -210,7 +210,7 @@ def test_no_work(world, classes: ClassList, models: Models, tmp_path: Path) -> N
 
 
 class Stop(BaseException):
-    """As KeyboardInterrupt: nothing may take it for a shard's own failure."""
+    """An exception like KeyboardInterrupt, which no code may take for a shard's failure."""
 
 
 @pytest.mark.parametrize("batches", [1, 2, 5])
@@ -224,7 +224,7 @@ def test_interrupted_in_a_report(  # type: ignore[no-untyped-def]
     tmp_path: Path,
     batches: int,
 ) -> None:
-    """An interruption goes up at once; no thread stays, no half file; what is there is sound, and the rest makes the whole."""
+    """An interruption is raised at once and leaves no thread and no half file; later work completes the run."""
     before = threading.active_count()
     calls: list[int] = []
 
@@ -289,12 +289,12 @@ COMPILER = pytest.mark.skipif(
 def test_compiled_models_give_the_same_verdicts(  # type: ignore[no-untyped-def]
     world, classes: ClassList, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    """compile=true, forward and backward, may change last bits, not what is verified. One batch: every size is compiled anew."""
+    """compile=true, forward and backward, may change last bits, no verdict. One batch, as each size compiles anew."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     recipe = world.load("compile=true", "batch=12")
     compiled = load_models(recipe, classes)
     assert compiled.compiled is not None
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     rows = run_shard(0, piece, recipe, classes, compiled, RunDir(tmp_path), "run", lambda new: None)
     expected = {row["key"]: row for row in RunDir(finished_run).manifest()[0].to_pylist()}
     assert [row["status"] for row in rows] == [expected[row["key"]]["status"] for row in rows] and len(rows) == 12

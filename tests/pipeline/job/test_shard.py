@@ -1,4 +1,4 @@
-"""The contract, checked on a finished run: what the shards hold is what DESIGN.md says, by reading them with other means than ours."""
+"""The contract, checked on a finished run that is read with other tools than the project's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from PIL import Image
 from pipeline.job.prepare import prepare
 from pipeline.job.shard import run_shard
 from pipeline.method.attack import attack, draw_noise
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 Members = dict[str, dict[str, bytes]]  # by key, then by extension
 
 
 def read_stream(run: Path, stream: str) -> Members:
-    """All samples of a stream with the standard library's tarfile, checking that members of a sample follow each other."""
+    """Read a stream with the standard library's tarfile; checks that members of a sample follow each other."""
     samples: Members = {}
     for path in sorted((run / stream).glob("*.tar")):
         last = None
@@ -60,7 +60,7 @@ def logits_of(members: dict[str, bytes]) -> np.ndarray:
 
 
 def test_every_source_sample_has_one_row(world, finished_run: Path, rows) -> None:  # type: ignore[no-untyped-def]
-    """No sample is dropped in silence: as many rows as source samples, with their labels, and the broken one says why."""
+    """No sample is dropped in silence: every source sample has a row with its label; the broken one says why."""
     table = pq.read_table(finished_run / "manifest.parquet")
     assert table.num_rows == 36 and {key: row["label"] for key, row in rows.items()} == world.labels
     errors = {key: row["reason"] for key, row in rows.items() if row["status"] == "error"}
@@ -105,7 +105,7 @@ def test_logits_are_the_teachers_on_the_stored_image(streams, models) -> None:  
 
 
 def test_verified_means_the_stored_label_agrees(streams, models) -> None:  # type: ignore[no-untyped-def]
-    """Of every sample in dad, the stored logits and the teacher asked anew give the label as top-1."""
+    """For every sample in dad, both the stored logits and the teacher give the label as top-1."""
     for members in streams["dad"].values():
         label = int(members["cls"])
         assert logits_of(members).argmax() == label
@@ -127,7 +127,7 @@ def again(world, models, key_filter) -> list[tuple[str, int, torch.Tensor, torch
     recipe = world.load()
     classes = load_classes(world.clip / "prompts.yaml")
     found = []
-    for piece in plan_source(str(world.tars), classes, 12).pieces:
+    for piece in find_source(str(world.tars), classes, 12).pieces:
         for sample in prepare(piece, recipe, classes):
             if sample.clean is None or not key_filter(sample.source.key):
                 continue
@@ -141,7 +141,7 @@ def again(world, models, key_filter) -> list[tuple[str, int, torch.Tensor, torch
 
 
 def test_rejected_rows_are_really_misclassified(world, models, rows) -> None:  # type: ignore[no-untyped-def]
-    """Made again and stored as JPEG, the image of a rejected row is not seen as its label, and the row says as what it is seen."""
+    """The teacher does not see the label on a rejected image, made and stored again; the row says what it sees."""
     rejected = {key for key, row in rows.items() if row["status"] == "rejected"}
     for key, label, _, _, adversarial in again(world, models, rejected.__contains__):
         buffer = io.BytesIO()
@@ -190,7 +190,7 @@ def test_measurements_of_a_row(world, models, rows, streams) -> None:  # type: i
 
 
 def test_extents_point_at_samples(finished_run: Path, rows) -> None:  # type: ignore[no-untyped-def]
-    """offset, size and crc32 of a row cut exactly its sample out of the tar: a tar of its own once the end is put to it."""
+    """offset, size and crc32 of a row cut exactly its sample out of the tar; with an end added, that is a tar."""
     for key, row in rows.items():
         for stream in ("clean", "dad"):
             if row[f"{stream}_offset"] is None:
@@ -221,7 +221,7 @@ def run_one(world, models, out: Path, *overrides: str) -> list[dict[str, Any]]: 
 
     recipe = world.load(*overrides)
     classes = load_classes(world.clip / "prompts.yaml")
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     return run_shard(0, piece, recipe, classes, models, RunDir(out), "run", lambda rows: None)
 
 
@@ -236,7 +236,7 @@ def test_labels_only(world, models, tmp_path: Path, streams) -> None:  # type: i
 
 @pytest.mark.parametrize(("form", "quality", "lossless"), [("png", 95, True), ("webp", 100, True), ("webp", 60, False)])
 def test_storage_formats(world, models, tmp_path: Path, form: str, quality: int, lossless: bool) -> None:  # type: ignore[no-untyped-def]
-    """Lossless formats store x'' = Q(x_K) to the pixel; in every format the verified are those whose stored image is seen right."""
+    """Lossless formats store x'' = Q(x_K) to the pixel; in any format the verdict is that on the stored image."""
     rows = run_one(world, models, tmp_path, f"output.image.format={form}", f"output.image.quality={quality}")
     dad = read_stream(tmp_path, "dad")
     assert set(dad) == {row["key"] for row in rows if row["status"] == "verified"} and {
@@ -257,7 +257,7 @@ def test_report_sees_every_row_once(world, models, tmp_path: Path) -> None:  # t
 
     recipe, classes = world.load(), load_classes(world.clip / "prompts.yaml")
     reported: list[list[str]] = []
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     rows = run_shard(
         0,
         piece,
@@ -280,7 +280,7 @@ def test_a_shard_of_bad_samples_only(world, models, tmp_path: Path) -> None:  # 
         (tmp_path / "images" / "n09").mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / "n09" / f"{n}.jpg").write_bytes(b"no image")
     recipe, classes = world.load(), load_classes(world.clip / "prompts.yaml")
-    piece = plan_source(str(tmp_path / "images"), classes, 12).pieces[0]
+    piece = find_source(str(tmp_path / "images"), classes, 12).pieces[0]
     rows = run_shard(0, piece, recipe, classes, models, RunDir(tmp_path / "run"), "run", lambda new: None)
     assert [row["status"] for row in rows] == ["error"] * 3 and all("unreadable" in row["reason"] for row in rows)
     assert read_stream(tmp_path / "run", "clean") == read_stream(tmp_path / "run", "dad") == {}

@@ -1,4 +1,4 @@
-"""Soft labels of several views: what stage 1 stores is the teacher's word on exactly the crops that stage 2 will replay."""
+"""Soft labels of several views: stage 1 stores the teacher's logits on exactly the crops that stage 2 will replay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(world, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignor
 
 @pytest.mark.parametrize("stream", ["clean", "dad"])
 def test_each_view_has_the_teachers_word(run: Path, models, stream: str) -> None:  # type: ignore[no-untyped-def]
-    """Logits are [views, classes]: row v is the teacher on view v of the stored image, and views are those drawn for the key."""
+    """Logits are [views, classes]: row v is the teacher on view v of the stored image; the key decides the views."""
     dataset = ShardDataset(str(run), stream)  # type: ignore[arg-type]
     for index in range(len(dataset)):
         sample = dataset[index]
@@ -48,7 +48,7 @@ def test_views_change_labels_and_nothing_else(run: Path, finished_run: Path) -> 
 
 
 def test_verify_asks_about_views(run: Path) -> None:
-    """Nothing to complain of in a sound run; a teacher that sees other pixels than the views is found out."""
+    """A sound run has no problems; a teacher that sees other pixels than the views is found out."""
     assert list(problems(str(run))) == [] and list(reinfer(str(run), 20, 0, ())) == []
 
 

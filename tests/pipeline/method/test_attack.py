@@ -78,7 +78,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_equals_the_equations_by_hand(model, batch, norm, steps, discretizer):  # type: ignore[no-untyped-def]
-    """Every image of a batch comes out as the loop written for one image says, with the gradient taken at Q(x), not through Q."""
+    """Every image of a batch equals the loop written for one image, with the gradient taken at Q(x), not through Q."""
     x, y = batch
     settings = AttackSettings(
         norm=norm, eps=0.3 if norm == "l2" else 0.03, alpha=0.2 if norm == "l2" else 0.02, steps=steps
@@ -98,7 +98,7 @@ def test_equals_the_equations_by_hand(model, batch, norm, steps, discretizer):  
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_perturbation_stays_in_the_ball(model, batch, norm):  # type: ignore[no-untyped-def]
-    """Far from 0 and 1, where nothing is clamped, |x_K - Q(x)| is at most eps though the steps together are longer, and reaches it."""
+    """Without clamping (far from 0 and 1), |x_K - Q(x)| reaches eps and no more, though the steps are longer."""
     x, y = 0.4 + 0.2 * batch[0], batch[1]
     settings = AttackSettings(norm=norm, eps=0.1, alpha=0.07, steps=4, random_start=1.0)
     noise = draw_noise([str(i) for i in range(6)], (3, 8, 8), settings, seed=0)
@@ -110,7 +110,7 @@ def test_perturbation_stays_in_the_ball(model, batch, norm):  # type: ignore[no-
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_projection(norm: str) -> None:
-    """Inside the ball nothing moves; outside, the nearest point of the ball is taken, whatever the other images of the batch."""
+    """Points inside the ball stay; others move to its nearest point, whatever the other images of the batch."""
     settings = AttackSettings(norm=norm, eps=0.5)  # type: ignore[arg-type]
     delta = torch.zeros(2, 3, 4, 4)
     delta[0, 0, 0, 0], delta[0, 1, 2, 3] = 0.3, -0.3
@@ -171,7 +171,7 @@ def test_no_gradient_reaches_weights_or_callers(models):  # type: ignore[no-unty
 
 @pytest.mark.parametrize("lead", [0.0, 10.0, 18.0, 25.0, 40.0, 80.0])
 def test_a_confident_teacher_is_attacked_as_well(model, batch, lead: float) -> None:  # type: ignore[no-untyped-def]
-    """However far the label leads, in nats: the gradient is that of the cross-entropy in float64, and an L2 step has length alpha."""
+    """At any lead of the label, in nats, the gradient is the float64 cross-entropy's; an L2 step has length alpha."""
     x, y = batch
     bonus = lead * torch.nn.functional.one_hot(y, 4)
     found = loss_gradient(x, y, lambda images: model(images) + bonus)

@@ -33,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("diffusion")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4, cross_attention_dim=32,
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        cross_attention_dim=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
@@ -116,7 +117,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_sees_scheduler_and_tokenizer(folder: Path, tmp_path: Path) -> None:
-    """They decide the images as the weights do: another schedule, or another number for the prompt's word, is another discretizer."""
+    """Settings count like weights: another schedule, or another token for the prompt's word, is another discretizer."""
 
     def change(part: str, edit: Callable[[dict[str, Any]], object]) -> str:
         copy = Path(shutil.copytree(folder, tmp_path / part.replace("/", "-")))

@@ -39,20 +39,20 @@ def test_nearest_code_is_the_argmin(chunk: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nearest_code_is_exact_under_autocast() -> None:
-    """Codebook entries closer together than bf16 can tell are still told apart."""
+    """Codebook entries closer together than bf16 resolves are still kept apart."""
     codebook = torch.tensor([[1.0, 0.0], [1.001, 0.0], [1.002, 0.0]])
     with torch.autocast("cpu", torch.bfloat16):
         assert nearest_code(codebook + 0.0002, codebook).tolist() == [0, 1, 2]
 
 
 def test_equals_taming(world, config: VQGANConfig, pictures: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
-    """Q is 2x - 1, Encoder, quant_conv, VectorQuantizer, post_quant_conv, Decoder, (x + 1) / 2, clamp: composed of taming's own modules."""
+    """Q composed of taming's modules: Encoder, quant_conv, VectorQuantizer, post_quant_conv, Decoder."""
     from taming.modules.diffusionmodules.model import Decoder, Encoder
     from taming.modules.vqvae.quantize import VectorQuantizer
 
     shape: dict[str, Any] = {
-        "ch": 32, "out_ch": 3, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": [16], "in_channels": 3, "resolution": 32,
-        "z_channels": 4, "double_z": False,
+        "ch": 32, "out_ch": 3, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": [16], "in_channels": 3,
+        "resolution": 32, "z_channels": 4, "double_z": False,
     }  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         encoder, decoder = Encoder(**shape), Decoder(**shape)
@@ -81,7 +81,7 @@ def test_equals_taming(world, config: VQGANConfig, pictures: torch.Tensor) -> No
 
 
 def test_published_layouts_load_alike(world, config: VQGANConfig, pictures: torch.Tensor, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A torch checkpoint, with ``state_dict`` and a discriminator below ``loss.``, is the same discretizer as the safetensors file."""
+    """A torch checkpoint with ``state_dict`` and a discriminator (``loss.``) is the safetensors file's discretizer."""
     weights = load_file(world.vqgan)
     extra = {"loss.discriminator.main.0.weight": torch.zeros(2), "loss.logvar": torch.zeros(())}
     torch.save({"state_dict": weights | extra, "epoch": 3}, tmp_path / "last.ckpt")
@@ -104,7 +104,7 @@ class Trap:
 
 
 def test_pickled_code_is_refused_and_not_run(world, config: VQGANConfig, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A checkpoint that carries an object besides its tensors is refused by name, and the object's code does not run."""
+    """A checkpoint with an object beside its tensors is refused by name, and the object's code does not run."""
     target, path = tmp_path / "pwned", tmp_path / "evil.ckpt"
     torch.save({"state_dict": load_file(world.vqgan), "callbacks": Trap(target)}, path)
     with pytest.raises(UserError, match=r"evil\.ckpt.*pickled code"):
@@ -130,7 +130,7 @@ def test_unfitting_weights(world, config: VQGANConfig, change: dict[str, Any]) -
     "change", [{"ch": 20}, {"ch_mult": ()}, {"n_embed": 0}, {"n_embed": -1}, {"embed_dim": -2}, {"num_res_blocks": -1}]
 )
 def test_impossible_shape(world, config: VQGANConfig, change: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]
-    """A VQGAN that cannot be built (GroupNorm needs multiples of 32 channels; sizes are positive) is the user's error, in one line."""
+    """A shape that no VQGAN has (channels not a multiple of 32, sizes not positive) is a user error in one line."""
     from pipeline.recipe import load
 
     overrides = [
@@ -143,7 +143,7 @@ def test_impossible_shape(world, config: VQGANConfig, change: dict[str, Any]) ->
 
 
 def test_missing_or_unreadable_files(config: VQGANConfig, world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """No file named, a missing one, and files that are no checkpoint or only half of one: each refused by name, in one line."""
+    """No file, a missing file, no checkpoint, half a checkpoint: each refused by name, in one line."""
     with pytest.raises(UserError, match=r"discretizer\.weights: name a checkpoint"):
         load_discretizer(config, None)
     with pytest.raises(UserError, match=r"discretizer\.weights: nowhere\.ckpt: no such file"):
@@ -206,7 +206,8 @@ model:
       dropout: 0.0
     lossconfig:
       target: taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator
-      params: {disc_conditional: false, disc_in_channels: 3, disc_start: 0, disc_weight: 0.75, disc_num_layers: 2, codebook_weight: 1.0}
+      params: {disc_conditional: false, disc_in_channels: 3, disc_start: 0, disc_weight: 0.75,
+        disc_num_layers: 2, codebook_weight: 1.0}
 """  # vqgan_imagenet_f16_16384/configs/model.yaml, as published
 
 
@@ -275,7 +276,7 @@ def test_random_weights_need_no_file(config: VQGANConfig, pictures: torch.Tensor
 
 @pytest.mark.parametrize("codes", [1, 63, 16384])
 def test_chunks_of_tokens_equal_all_at_once(codes: int) -> None:
-    """More tokens than are held at once: the same codes as from the whole matrix of distances, in the paper's size of codebook too."""
+    """More tokens than one chunk give the codes of the whole matrix of distances, also at the paper's codebook size."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(discretizer.NEAREST_CHUNK + 100 if codes < 100 else 500, 4, generator=generator)
     codebook = torch.randn(codes, 4, generator=generator)

@@ -80,7 +80,7 @@ def test_logits(world, teacher: TeacherModel, classes: ClassList) -> None:  # ty
 
 
 def test_resize_is_inside(teacher: TeacherModel) -> None:
-    """Images of any size go in; the resize is the antialiased bicubic one, and gradients reach the larger image through it."""
+    """Images of any size are accepted; the resize is antialiased bicubic, and gradients reach the larger image."""
     images = torch.rand(2, 3, 50, 50, generator=torch.Generator().manual_seed(0))
     small = torch.nn.functional.interpolate(images, size=(32, 32), mode="bicubic", antialias=True, align_corners=False)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_own_tokenizer_merges(clip_copy: Path, classes: ClassList, teacher: Teac
 
 
 def test_models_with_a_text_tower_of_their_own(world, classes: ClassList, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """CoCa, EVA, SigLIP: random weights need neither their tokenizer nor a projection; a bias of all logits changes no probability."""
+    """CoCa, EVA, SigLIP: random weights need no tokenizer and no projection; a bias of all logits changes nothing."""
     import open_clip
 
     config = json.loads((world.clip / "open_clip_config.json").read_text())
@@ -142,7 +142,7 @@ def test_models_with_a_text_tower_of_their_own(world, classes: ClassList, tmp_pa
 
 
 def test_a_file_is_normalised_by_kind(world, classes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """A file holds no mean and deviation: those of open_clip's own weights of the model are taken; OpenAI's where there are none."""
+    """Mean and deviation, which a file lacks, are those of open_clip's weights of the model, or else OpenAI's."""
     import open_clip
     from open_clip import pretrained
 
@@ -183,7 +183,7 @@ def test_a_template_with_other_braces(world, template: str, tmp_path: Path, clas
 
 
 def test_timm_classifier(classes: ClassList, tmp_path: Path) -> None:
-    """A timm model is loaded with its weights, its own input size and normalisation; its logits are taken as they are."""
+    """A timm model is loaded with its weights, input size and normalisation; its logits stay as they are."""
     import timm
     from safetensors.torch import save_file
 
@@ -237,7 +237,7 @@ def test_unknown_names(classes: ClassList, fields: dict[str, str], message: str)
 
 
 def test_a_folder_that_is_no_model(clip_copy: Path, classes: ClassList) -> None:
-    """A local-dir without weights, with half of them, with a broken or without a config: each refused, naming the folder."""
+    """A local-dir without weights, with half of them, or with a broken or no config is refused, naming the folder."""
     weights, config = clip_copy / "open_clip_model.safetensors", clip_copy / "open_clip_config.json"
     whole = weights.read_bytes()
     cases: list[tuple[Path, bytes | None]] = [
@@ -287,9 +287,9 @@ def test_pickled_code_beside_the_config_is_not_run(clip_copy: Path, classes: Cla
 
 
 def test_fingerprint_sees_every_weight(world, classes: ClassList, teacher: TeacherModel) -> None:  # type: ignore[no-untyped-def]
-    """The same weights give the same fingerprint; one changed bit in a weight or in the normalisation, or another name, gives another.
+    """Equal weights have equal fingerprints; a changed weight, normalisation or name gives another.
 
-    The head is computed, so its last bits depend on the processor: it is covered by what it is computed from.
+    The head itself does not count, because its last bits depend on the processor; its inputs count.
     """
     other = load_teacher(settings(world.clip), classes)
     before = weights_fingerprint(teacher)

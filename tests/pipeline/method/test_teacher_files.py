@@ -1,4 +1,4 @@
-"""Teachers from files as they are published: OpenAI's archives, open_clip's state dicts, timm's checkpoints; all with random weights."""
+"""Teachers from published kinds of files, with random weights: OpenAI's archives, open_clip's and timm's files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def state(small: str) -> dict[str, torch.Tensor]:
 
 
 def openai_archive(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """A TorchScript archive as OpenAI publishes CLIP: the parameters as a tree of modules, and three numbers beside them."""
+    """A TorchScript archive as OpenAI publishes CLIP: parameters as a tree of modules, and three numbers."""
     root = nn.Module()
     for name, value in state.items():
         node = root
@@ -78,7 +78,7 @@ def logits(teacher: TeacherModel) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore")
 def test_openai_s_own_archive(small: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """It is read without running its code, with QuickGELU: the logits of the same weights loaded through a `-quickgelu` model."""
+    """It is read without running its code, with QuickGELU: its logits are those of a `-quickgelu` model."""
     openai_archive(tmp_path / "archive.pt", state)
     torch.save(state, tmp_path / "state.pt")
     save_file(state, tmp_path / "state.safetensors")
@@ -127,7 +127,7 @@ def classifier() -> nn.Module:
 
 @pytest.mark.parametrize("layout", ["bare", "state_dict", "model", "parallel", "safetensors"])
 def test_timm_checkpoints(classifier: nn.Module, tmp_path: Path, layout: str) -> None:
-    """The layouts of training scripts: below `state_dict` (also of DistributedDataParallel) or `model`, bare, and safetensors."""
+    """Layouts of training scripts: below `state_dict` (DistributedDataParallel's too) or `model`, bare, safetensors."""
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     parallel = {f"module.{name}": value for name, value in weights.items()}
     path = tmp_path / ("teacher.safetensors" if layout == "safetensors" else "teacher.pth.tar")

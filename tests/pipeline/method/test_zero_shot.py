@@ -59,7 +59,7 @@ def test_computed_once(clip: Path, computed: list[int], tmp_path: Path) -> None:
 
 
 def test_computed_anew_when_anything_differs(clip: Path, computed: list[int]) -> None:
-    """Other text weights, names, their order, templates or vocabulary: another head. Weights of the image tower do not matter."""
+    """Other text weights, names, order, templates or vocabulary give another head; the image tower does not matter."""
     classes = load_classes(clip / "prompts.yaml")
     first = head(clip)
     variants = (

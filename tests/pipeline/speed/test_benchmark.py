@@ -1,4 +1,4 @@
-"""The benchmark of stage 1 runs anywhere and prints every figure; its reference is the algorithm that it says it is."""
+"""The benchmark of stage 1 runs anywhere and prints every figure; its reference is the official algorithm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shards.sources.classes import load_classes
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["recipe", "random"])
 def test_every_figure(world, weights: str) -> None:  # type: ignore[no-untyped-def]
-    """With the recipe's own files, and without any: images/s bare, whole and of the official loop, TFLOP/s, shares, agreement."""
+    """With the recipe's files and without any: images/s (bare, whole, official loop), TFLOP/s, shares, agreement."""
     options = ["--recipe", str(world.recipe), "--weights", weights, "--images", "8", "--repeats", "1", "--agreement"]
     told = CliRunner().invoke(main, [*options, "--set", "batch=4"])
     assert told.exit_code == 0, told.output
@@ -54,7 +54,7 @@ def test_made_up_images(world, tmp_path: Path) -> None:  # type: ignore[no-untyp
 def test_the_reference_loop_makes_the_same_images(
     world, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
-    """Without the random start it is the method itself, in another order of operations: the same images, written as files."""
+    """Without the random start it is the method in another order of operations: the same images, written as files."""
     from pipeline.method.attack import AttackSettings, attack
 
     x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""``plan``: what it says is what a run then takes, and what is missing comes with its fix; it writes nothing."""
+"""``plan``: a run then takes what the forecast says; missing things come with a fix; nothing is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.job.shard import run_shard
 from pipeline.speed import batch_size
 from pipeline.speed.batch_size import ON_CPU, resolve_batch
 from pipeline.speed.measure import TrialBatch, count_flops, covered, model_parts
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import load_classes
 
 
@@ -61,7 +61,7 @@ def test_bytes_are_what_a_run_takes(world, models: Models, cli, tmp_path: Path, 
 
 
 def test_right_numbers(world, models: Models, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Images, shards, classes, and the work of every part as a counter of torch's own sees it; and nothing is written anywhere."""
+    """Images, shards, classes, and the work of every part as torch's counter measures it; nothing is written."""
     recipe = world.load()
     before = snapshot(world.folder), snapshot(tmp_path)
     told = cli("plan", "--recipe", world.recipe, "--out", tmp_path / "run", "--set", "max_errors=0.1")
@@ -106,7 +106,7 @@ def test_right_numbers(world, models: Models, cli, tmp_path: Path) -> None:  # t
 def test_the_job_makes_the_calls_that_are_counted(
     world, models: Models, tmp_path: Path, options: tuple[str, ...]
 ) -> None:  # type: ignore[no-untyped-def]
-    """Every part as often as `model_parts` says: images that went through each model in a real shard, over those of the shard."""
+    """Calls of each model in a real shard, counted in images per image of the shard, are those of `model_parts`."""
     recipe, classes = world.load(*options), load_classes(world.clip / "prompts.yaml")
     seen = {"teacher": 0, "Q": 0}
     hooks = [
@@ -115,7 +115,7 @@ def test_the_job_makes_the_calls_that_are_counted(
         )
         for name, model in (("teacher", models.teacher_model), ("Q", models.discretizer_model))
     ]
-    piece = plan_source(str(world.tars), classes, 12).pieces[0]
+    piece = find_source(str(world.tars), classes, 12).pieces[0]
     rows = run_shard(0, piece, recipe, classes, models, RunDir(tmp_path), "run", lambda new: None)
     for hook in hooks:
         hook.remove()
@@ -156,7 +156,7 @@ def test_ready(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-d
 
 
 def test_everything_missing_is_listed_at_once(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Teacher, discretizer and source all missing: each on its line with its fix, speed still measured with random weights, status 2."""
+    """Teacher, discretizer and source missing: one line each with its fix, speed of random weights, status 2."""
     tree = yaml.safe_load(world.recipe.read_text())
     tree["teacher"] = {"kind": "timm", "model": "test_vit", "weights": "gone/teacher.pth"}
     tree["discretizer"]["weights"] = "gone/vqgan.safetensors"
@@ -178,7 +178,7 @@ def test_everything_missing_is_listed_at_once(world, cli, tmp_path: Path) -> Non
 
 
 def test_batch(world, models: Models, finished_run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A recipe's own batch stays; 0 is a number found here, or that of the run which is there already: batches decide the last bits."""
+    """A recipe's batch stays; 0 becomes the size found here, or that of the existing run, as it decides last bits."""
     recipe, automatic = world.load(), world.load("batch=0")
     assert resolve_batch(recipe, RunDir(finished_run), models) is recipe
     assert resolve_batch(automatic, RunDir(tmp_path / "new"), models) == replace(automatic, batch=ON_CPU)
@@ -187,7 +187,7 @@ def test_batch(world, models: Models, finished_run: Path, tmp_path: Path) -> Non
 
 
 def test_the_search_for_a_batch_compiles_nothing(world, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """Graphs of the sizes that were tried would serve the run too, and a resumed process would not have them: it would give other bits."""
+    """Graphs compiled by the search would also serve the run, and a resumed process, without them, give other bits."""
 
     def compiled(images: torch.Tensor) -> torch.Tensor:
         raise AssertionError(f"asked to compile for {len(images)} images")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from manifests import UserError
-from shards.sources.classes import find_classes, load_classes
+from shards.sources.classes import find_classes, imagenet_classes, load_classes
 
 
 def write(folder: Path, text: str) -> Path:
@@ -81,3 +83,23 @@ def test_imagenet() -> None:
     assert {folder: classes.names[classes.folders.index(folder)] for folder in known} == known
     assert (classes.folders[0], classes.folders[151], classes.folders[999]) == ("n01440764", "n02085620", "n15075141")
     assert find_classes("imagenet-1k") == (classes, fingerprint) and not classes.templates
+    assert fingerprint == "7c90f1278b36c9b8"  # every run on ImageNet has it in its run.json
+
+
+def test_imagenet_as_the_libraries_have_it() -> None:
+    """The list is the project's own, so that no new version of a library changes a run; today they agree."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    classes = imagenet_classes()
+    assert classes.names == tuple(IMAGENET_CLASSNAMES)
+    assert classes.folders == tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def test_imagenet_needs_neither_library(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    program = (
+        "import sys; from shards.sources import find_classes; find_classes('imagenet-1k'); print(sorted(sys.modules))"
+    )
+    told = python(program)
+    assert told.returncode == 0, told.stderr
+    assert "'torch'" in told.stdout and "'timm'" not in told.stdout and "'open_clip'" not in told.stdout

@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from manifests import UserError
-from shards.sources import plan_source
+from shards.sources import find_source
 from shards.sources.classes import ClassList, load_classes
 from shards.sources.folder import FolderPieces
 
@@ -29,13 +29,13 @@ def test_on_an_object_store(world) -> None:  # type: ignore[no-untyped-def]
     memory.pipe_file("/tree/readme.txt", b"no image")
     memory.pipe_file("/tree/.hidden/x.jpg", b"hidden")
     classes = load_classes(world.clip / "prompts.yaml")
-    local, remote = plan_source(str(world.images), classes, 7), plan_source("memory://tree", classes, 7)
+    local, remote = find_source(str(world.images), classes, 7), find_source("memory://tree", classes, 7)
     assert remote.fingerprint == local.fingerprint and remote.samples == local.samples == 36
     for one, other in zip(local.pieces, remote.pieces, strict=True):
         assert list(one.samples(classes)) == list(other.samples(classes))
     memory.pipe_file("/tree/n00/x.jpg", b"")
     with pytest.raises(UserError, match=r"memory://tree/n00: this folder is not in the class list"):
-        plan_source("memory://tree", classes, 7)
+        find_source("memory://tree", classes, 7)
 
 
 def test_other_images_under_the_same_names_are_another_source(tmp_path: Path) -> None:
@@ -44,11 +44,11 @@ def test_other_images_under_the_same_names_are_another_source(tmp_path: Path) ->
     files = [tmp_path / "n5" / f"{n}.jpg" for n in range(1000)]
     for file in files:
         file.write_bytes(b"one")
-    before = plan_source(str(tmp_path), CLASSES, 10).fingerprint
-    assert plan_source(str(tmp_path), CLASSES, 10).fingerprint == before
+    before = find_source(str(tmp_path), CLASSES, 10).fingerprint
+    assert find_source(str(tmp_path), CLASSES, 10).fingerprint == before
     for file in files[::5]:
         file.write_bytes(b"two")
-    assert plan_source(str(tmp_path), CLASSES, 10).fingerprint != before
+    assert find_source(str(tmp_path), CLASSES, 10).fingerprint != before
 
 
 class Meeting(MemoryFileSystem):
@@ -75,7 +75,7 @@ def test_files_are_fetched_at_the_same_time_and_in_order(monkeypatch: pytest.Mon
     memory = fsspec.filesystem("memory")
     for n in range(64):
         memory.pipe_file(f"/many/n1/{n}.jpg", str(n).encode())
-    (piece,) = plan_source("meeting://many", CLASSES, 100).pieces
+    (piece,) = find_source("meeting://many", CLASSES, 100).pieces
     samples = list(piece.samples(CLASSES))
     assert [s.key for s in samples] == [file.removesuffix(".jpg").replace("/", "-") for file, _ in piece.files]  # type: ignore[attr-defined]
     assert [f"n1-{s.data.decode()}" for s in samples] == [s.key for s in samples] and len(samples) == 64
@@ -87,7 +87,7 @@ def test_hidden_files_and_pipes(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"data")
     os.mkfifo(tmp_path / "n1" / "pipe.jpg")
-    (piece,) = plan_source(str(tmp_path), CLASSES, 10).pieces
+    (piece,) = find_source(str(tmp_path), CLASSES, 10).pieces
     assert {s.key: s.problem for s in piece.samples(CLASSES)} == {
         "n1-x": None,
         "n1-pipe": "cannot read the file: not a regular file",
@@ -99,7 +99,7 @@ def test_labels_never_come_from_order(tmp_path: Path) -> None:
     for folder in ("n5", "n9"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{folder}_1.JPEG").write_bytes(folder.encode())
-    (piece,) = plan_source(str(tmp_path), CLASSES, 10).pieces
+    (piece,) = find_source(str(tmp_path), CLASSES, 10).pieces
     assert {s.data: s.label for s in piece.samples(CLASSES)} == {b"n5": 2, b"n9": 0}
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manifests import UserError
-from shards.sources import SourceSample, plan_source
+from shards.sources import SourceSample, find_source
 from shards.sources import parquet as parquet_source
 from shards.sources.classes import ClassList, imagenet_classes
 from shards.sources.sample import SLACK
@@ -22,7 +22,7 @@ WriteHub = Callable[..., None]
 
 
 def read(data: Path | str, shard_size: int = 1000, keys: str = "name") -> list[SourceSample]:
-    plan = plan_source(str(data), CLASSES, shard_size, keys)  # type: ignore[arg-type]
+    plan = find_source(str(data), CLASSES, shard_size, keys)  # type: ignore[arg-type]
     samples = [sample for piece in plan.pieces for sample in piece.samples(CLASSES)]
     assert len(samples) == plan.samples and plan.exact and plan.kind == "Parquet"
     return samples
@@ -35,7 +35,7 @@ def test_pieces_cover_every_row_once(tmp_path: Path, write_hub: WriteHub, shard_
     rows = [(f"image {n}".encode(), f"{n}.JPEG", n % 3) for n in range(61)]
     write_hub(tmp_path / "a.parquet", rows[:40], group=group)
     write_hub(tmp_path / "b.parquet", rows[40:], group=group)
-    plan = plan_source(str(tmp_path), CLASSES, shard_size)
+    plan = find_source(str(tmp_path), CLASSES, shard_size)
     parts = [list(piece.samples(CLASSES)) for piece in reversed(plan.pieces)]
     assert [len(part) for part in parts] == [piece.count for piece in reversed(plan.pieces)]
     assert all(0 < len(part) <= SLACK * shard_size for part in parts)
@@ -58,7 +58,7 @@ def test_repeated_paths(tmp_path: Path, write_hub: WriteHub) -> None:
     write_hub(tmp_path / "a.parquet", [(b"a", "0.png", 0), (b"b", "1.png", 1)])
     write_hub(tmp_path / "b.parquet", [(b"c", "1.png", 0)])
     with pytest.raises(UserError, match=r"b\.parquet: key '1' occurs twice .*source\.keys=place"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
     assert len({s.key for s in read(tmp_path, keys="place")}) == 3
 
 
@@ -104,7 +104,7 @@ def test_one_name_spelt_otherwise_in_another_order_is_refused(
     with pytest.raises(
         UserError, match=rf"a\.parquet: its label 0 is '{known[1]}', number 1 of the class list; .*'{known[2]}s'"
     ) as caught:
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
     assert "\n" not in str(caught.value)
 
 
@@ -112,7 +112,7 @@ def test_an_underscore_is_a_space(tmp_path: Path, write_hub: WriteHub) -> None:
     """`pine_tree` is `pine tree`: mapped by name, as if they were spelt alike."""
     classes = ClassList(names=("wolf", "pine tree", "bee"), folders=("n9", "n1", "n5"), templates=())
     write_hub(tmp_path / "a.parquet", [(b"x", "0.png", 0)], ("pine_tree", "bee", "wolf"))
-    (piece,) = plan_source(str(tmp_path), classes, 10).pieces
+    (piece,) = find_source(str(tmp_path), classes, 10).pieces
     assert [sample.label for sample in piece.samples(classes)] == [1]
 
 
@@ -133,12 +133,12 @@ def test_a_piece_reads_no_more_than_it_must(tmp_path: Path, write_hub: WriteHub)
     """Pieces are whole row groups where these fit a shard; in a larger group, reading ends with the piece."""
     rows = [(os.urandom(1000), f"{n}.png", 0) for n in range(8000)]  # 8 MB, in pages of 1024 rows
     write_hub(tmp_path / "a.parquet", rows, group=600)
-    pieces = plan_source(str(tmp_path), CLASSES, 1000).pieces
+    pieces = find_source(str(tmp_path), CLASSES, 1000).pieces
     assert [(piece.start, piece.count) for piece in pieces[:3]] == [(0, 600), (600, 600), (1200, 600)]  # type: ignore[attr-defined]
     write_hub(tmp_path / "a.parquet", rows, group=1024)  # a little more than fits: no tiny pieces in between
-    assert {piece.count for piece in plan_source(str(tmp_path), CLASSES, 1000).pieces} == {1024, 8000 % 1024}
+    assert {piece.count for piece in find_source(str(tmp_path), CLASSES, 1000).pieces} == {1024, 8000 % 1024}
     write_hub(tmp_path / "a.parquet", rows, group=8000)
-    pieces = plan_source(str(tmp_path), CLASSES, 1000).pieces
+    pieces = find_source(str(tmp_path), CLASSES, 1000).pieces
     before = bytes_read()
     assert len(list(pieces[0].samples(CLASSES))) == 1000
     assert bytes_read() - before < 4_000_000
@@ -152,7 +152,7 @@ def bytes_read() -> int:
 def test_another_number_of_classes(tmp_path: Path, write_hub: WriteHub) -> None:
     write_hub(tmp_path / "a.parquet", [(b"x", "0.png", 0)], ("wolf", "ant"))
     with pytest.raises(UserError, match=r"a\.parquet: names 2 classes, the class list 3"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_missing_columns(tmp_path: Path, table: dict[str, list[object]]) -> None
     with pytest.raises(
         UserError, match=r"a\.parquet: needs an image column .*integer label column .*; it has "
     ) as caught:
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
     assert "\n" not in str(caught.value)
 
 
@@ -203,7 +203,7 @@ def test_a_file_that_is_cut_off(tmp_path: Path, write_hub: WriteHub, cut: int) -
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data[:cut])
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file") as caught:
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
     assert "\n" not in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_damage_in_the_middle_is_named(tmp_path: Path, write_hub: WriteHub) -> N
     place = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(2).column(0).data_page_offset
     data[place : place + 200] = bytes(200)
     (tmp_path / "a.parquet").write_bytes(data)
-    plan = plan_source(str(tmp_path), CLASSES, 100, "place")
+    plan = find_source(str(tmp_path), CLASSES, 100, "place")
     with pytest.raises(UserError, match=r"a\.parquet: damaged near row \d+") as caught:
         list(plan.pieces[0].samples(CLASSES))
     assert "\n" not in str(caught.value)
@@ -231,7 +231,7 @@ def test_a_large_source_is_planned_from_its_footers(
     assert len(read(tmp_path)) == 3
     write_hub(tmp_path / "a.parquet", [(b"a", "0.png", 0), (b"b", "0.png", 1)])
     with pytest.raises(UserError, match=r"a\.parquet: key '0' occurs twice"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
 
 
 def test_fingerprint(tmp_path: Path, write_hub: WriteHub) -> None:
@@ -242,7 +242,7 @@ def test_fingerprint(tmp_path: Path, write_hub: WriteHub) -> None:
         write_hub(tmp_path / folder / "a.parquet", rows[:4] if folder == "three" else rows)
     (tmp_path / "four" / "a.parquet").rename(tmp_path / "four" / "b.parquet")
     prints = [
-        plan_source(str(tmp_path / folder), CLASSES, 10).fingerprint for folder in ("one", "two", "three", "four")
+        find_source(str(tmp_path / folder), CLASSES, 10).fingerprint for folder in ("one", "two", "three", "four")
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from manifests import UserError
-from shards.sources import SourceSample, plan_source
+from shards.sources import SourceSample, find_source
 from shards.sources.classes import ClassList, load_classes
 from shards.sources.folder import folder_key
 from shards.tar import KEY, MAX_KEY, clean_key
@@ -39,7 +39,7 @@ def write_tar() -> WriteTar:
 
 def read(data: Path, classes: ClassList = CLASSES, shard_size: int = 1000) -> list[SourceSample]:
     """All samples of a source, through plan and pieces."""
-    plan = plan_source(str(data), classes, shard_size)
+    plan = find_source(str(data), classes, shard_size)
     samples = [sample for piece in plan.pieces for sample in piece.samples(classes)]
     assert len(samples) == plan.samples == sum(piece.count for piece in plan.pieces)
     return samples
@@ -66,8 +66,8 @@ def test_folder_labels_come_from_the_class_list(world) -> None:  # type: ignore[
     assert {s.key: shuffled.names[s.label or 0] for s in after} == by_name
     assert {s.key: s.label for s in after} != {s.key: s.label for s in read(world.images, classes)}
     assert (
-        plan_source(str(world.images), shuffled, 10).fingerprint
-        != plan_source(str(world.images), classes, 10).fingerprint
+        find_source(str(world.images), shuffled, 10).fingerprint
+        != find_source(str(world.images), classes, 10).fingerprint
     )
 
 
@@ -76,7 +76,7 @@ def test_folder_labels_come_from_the_class_list(world) -> None:  # type: ignore[
 def test_pieces_cover_the_source_once(world, kind: str, shard_size: int) -> None:  # type: ignore[no-untyped-def]
     """No piece is larger than asked; together they hold every sample once; a piece is the same read alone or after the others."""
     classes = load_classes(world.clip / "prompts.yaml")
-    plan = plan_source(str(getattr(world, kind)), classes, shard_size)
+    plan = find_source(str(getattr(world, kind)), classes, shard_size)
     assert all(1 <= piece.count <= shard_size for piece in plan.pieces) and plan.samples == 36
     parts = [[s.key for s in piece.samples(classes)] for piece in reversed(plan.pieces)]
     assert [len(part) for part in parts] == [piece.count for piece in reversed(plan.pieces)]
@@ -87,7 +87,7 @@ def test_pieces_cover_the_source_once(world, kind: str, shard_size: int) -> None
 def test_a_folder_s_pieces_mix_classes(world) -> None:  # type: ignore[no-untyped-def]
     """An ImageFolder is not read class by class: shards of one class would make batches of one class."""
     classes = load_classes(world.clip / "prompts.yaml")
-    for piece in plan_source(str(world.images), classes, 18).pieces:
+    for piece in find_source(str(world.images), classes, 18).pieces:
         assert len({s.label for s in piece.samples(classes)}) >= 3
 
 
@@ -102,7 +102,7 @@ def test_unknown_folder(world, tmp_path: Path) -> None:  # type: ignore[no-untyp
         shutil.copytree(world.images / "n09", images / folder)
     classes = dataclasses.replace(CLASSES, folders=CLASSES.names)
     with pytest.raises(UserError, match=r"images/wofl: this folder is not in the class list; did you mean 'wolf'\?"):
-        plan_source(str(images), classes, 10)
+        find_source(str(images), classes, 10)
     shutil.rmtree(images / "wofl")
     assert {s.label for s in read(images, classes)} == {0}
 
@@ -121,7 +121,7 @@ def test_unreadable_file_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "n1" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for name in ("gone.jpg", "here.jpg"):
         (tmp_path / "n1" / name).write_bytes(b"data")
-    plan = plan_source(str(tmp_path), CLASSES, 10)
+    plan = find_source(str(tmp_path), CLASSES, 10)
     (tmp_path / "n1" / "gone.jpg").unlink()
     found = {s.key: s.problem for s in plan.pieces[0].samples(CLASSES)}
     assert found.pop("n1-here") is None
@@ -135,16 +135,16 @@ def test_unreadable_file_is_recorded(tmp_path: Path) -> None:
 )
 def test_empty_sources(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path)
-    with pytest.raises(UserError, match=r"source\.data: .*holds no images; expected"):
-        plan_source(str(tmp_path), CLASSES, 10)
+    with pytest.raises(UserError, match=r".*holds no images; expected"):
+        find_source(str(tmp_path), CLASSES, 10)
 
 
 def test_empty_and_missing_tars(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(UserError, match="holds no images"):
-        plan_source(str(tmp_path), CLASSES, 10)
-    with pytest.raises(UserError, match=r"source\.data: .*nowhere: no such file or folder"):
-        plan_source(str(tmp_path / "nowhere"), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
+    with pytest.raises(UserError, match=r".*nowhere: no such file or folder"):
+        find_source(str(tmp_path / "nowhere"), CLASSES, 10)
 
 
 def test_two_kinds_in_one_folder(tmp_path: Path, write_tar: WriteTar, write_hub: Callable[..., None]) -> None:
@@ -153,18 +153,18 @@ def test_two_kinds_in_one_folder(tmp_path: Path, write_tar: WriteTar, write_hub:
 
     write_tar(tmp_path / "n1.tar", [("x.jpg", b"data"), ("x.cls", b"0")])
     (tmp_path / "logs").mkdir()
-    assert plan_source(str(tmp_path), CLASSES, 10).kind == "WebDataset"
+    assert find_source(str(tmp_path), CLASSES, 10).kind == "WebDataset"
     (tmp_path / "n1").mkdir()
     (tmp_path / "n1" / "y.jpg").write_bytes(b"data")  # as extracting ImageNet's own archives leaves them
     fsspec.filesystem("memory").put(f"{tmp_path}/", "/two-kinds", recursive=True)
     for data in (str(tmp_path), "memory://two-kinds"):
         with pytest.raises(UserError, match=r"holds \*\.tar files \(n1\.tar …\) and class folders \(n1 …\), .*braces"):
-            plan_source(data, CLASSES, 10)
-    assert plan_source(f"{tmp_path}/n1.tar", CLASSES, 10).kind == "WebDataset"
+            find_source(data, CLASSES, 10)
+    assert find_source(f"{tmp_path}/n1.tar", CLASSES, 10).kind == "WebDataset"
     shutil.rmtree(tmp_path / "n1")
     write_hub(tmp_path / "a.parquet", [(b"x", "0.png", 0)])
     with pytest.raises(UserError, match=r"holds \*\.tar files \(n1\.tar …\) and \*\.parquet files \(a\.parquet …\)"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
 
 
 def test_links_are_what_they_lead_to(tmp_path: Path, write_tar: WriteTar, write_hub: Callable[..., None]) -> None:
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
     """Not a tar, or a compressed one: refused by name."""
     (tmp_path / "odd.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"odd\.tar"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
 
 
 def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
@@ -197,20 +197,20 @@ def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "a.tar", [("x.jpg", b""), ("x.cls", b"0"), ("y.jpg", b"")])
     write_tar(tmp_path / "b.tar", [("z.jpg", b""), ("x.jpg", b"")])
     with pytest.raises(UserError, match=r"b\.tar: key 'x' occurs twice"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
     write_tar(tmp_path / "b.tar", [("d/e.jpg", b""), ("d-e.jpg", b"")])
     with pytest.raises(UserError, match=r"b\.tar: key 'd-e' occurs twice"):
-        plan_source(str(tmp_path), CLASSES, 10)
+        find_source(str(tmp_path), CLASSES, 10)
     (tmp_path / "b.tar").unlink()
     write_tar(tmp_path / "a.tar", [("x.jpg", b""), ("x.jpg", b"")])
     with pytest.raises(UserError, match=r"a\.tar: key 'x' occurs twice"):
-        plan_source(str(tmp_path), CLASSES, 10)
-    assert [piece.count for piece in plan_source(str(tmp_path), CLASSES, 10, "place").pieces] == [2]
+        find_source(str(tmp_path), CLASSES, 10)
+    assert [piece.count for piece in find_source(str(tmp_path), CLASSES, 10, "place").pieces] == [2]
     for name in ("n1/k.jpg", "n1/k.png"):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"n1/k\.\w+: key 'n1-k' occurs twice"):
-        plan_source(str(tmp_path / "folder"), CLASSES, 10)
+        find_source(str(tmp_path / "folder"), CLASSES, 10)
 
 
 def test_problems_of_tar_samples(tmp_path: Path, write_tar: WriteTar) -> None:
@@ -289,13 +289,13 @@ def test_fingerprint(world, tmp_path: Path, write_tar: WriteTar) -> None:  # typ
     classes = load_classes(world.clip / "prompts.yaml")
     shutil.copytree(world.tars, tmp_path / "moved")
     assert (
-        plan_source(str(tmp_path / "moved"), classes, 12).fingerprint
-        == plan_source(str(world.tars), classes, 12).fingerprint
+        find_source(str(tmp_path / "moved"), classes, 12).fingerprint
+        == find_source(str(world.tars), classes, 12).fingerprint
     )
     (tmp_path / "moved" / "source-2.tar").unlink()
     assert (
-        plan_source(str(tmp_path / "moved"), classes, 12).fingerprint
-        != plan_source(str(world.tars), classes, 12).fingerprint
+        find_source(str(tmp_path / "moved"), classes, 12).fingerprint
+        != find_source(str(world.tars), classes, 12).fingerprint
     )
 
 
@@ -306,7 +306,7 @@ def test_the_same_keys_in_other_tars_are_another_source(tmp_path: Path, write_ta
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "a.tar", members[:cut])
         write_tar(tmp_path / name / "b.tar", members[cut:])
-    first, second = (plan_source(str(tmp_path / name), CLASSES, 10) for name in ("first", "second"))
+    first, second = (find_source(str(tmp_path / name), CLASSES, 10) for name in ("first", "second"))
     assert [p.count for p in first.pieces] != [p.count for p in second.pieces]
     assert first.fingerprint != second.fingerprint
 
@@ -325,7 +325,7 @@ def test_a_damaged_tar_is_named(world, tmp_path: Path, damage: str) -> None:  # 
         data[middle : middle + 512] = bytes(512)
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"source-0\.tar"):
-        plan_source(str(tmp_path), load_classes(world.clip / "prompts.yaml"), 12)
+        find_source(str(tmp_path), load_classes(world.clip / "prompts.yaml"), 12)
 
 
 @pytest.mark.parametrize(
@@ -360,9 +360,9 @@ def test_keys_by_place_need_names_of_their_own(tmp_path: Path, write_tar: WriteT
     """Two dots in a name are no reason for equal keys; two files of one name are refused."""
     for name in ("train.000.tar", "train.001.tar"):
         write_tar(tmp_path / name, [("x.jpg", b"data"), ("x.cls", b"0")])
-    plan = plan_source(str(tmp_path), CLASSES, 10, "place")
+    plan = find_source(str(tmp_path), CLASSES, 10, "place")
     assert len({s.key for piece in plan.pieces for s in piece.samples(CLASSES)}) == 2
     (tmp_path / "b").mkdir()
     write_tar(tmp_path / "b" / "train.000.tar", [("x.jpg", b"data"), ("x.cls", b"0")])
     with pytest.raises(UserError, match="have the same name"):
-        plan_source(f"{tmp_path}/train.000.tar::{tmp_path}/b/train.000.tar", CLASSES, 10, "place")
+        find_source(f"{tmp_path}/train.000.tar::{tmp_path}/b/train.000.tar", CLASSES, 10, "place")

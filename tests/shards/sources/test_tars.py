@@ -13,7 +13,7 @@ import pytest
 from manifests import RunDir, UserError
 from pipeline.generate import make_shards
 from pipeline.recipe import load
-from shards.sources import SourcePlan, SourceSample, plan_source, tars
+from shards.sources import ImageSource, SourceSample, find_source, tars
 from shards.sources.classes import ClassList, load_classes
 from shards.sources.files import expand, without_secrets
 from tests.conftest import write_tar
@@ -36,7 +36,7 @@ def write(path: Path, keys: list[str], size: int = 700) -> Path:
     return path
 
 
-def read(plan: SourcePlan) -> list[SourceSample]:
+def read(plan: ImageSource) -> list[SourceSample]:
     return [sample for piece in plan.pieces for sample in piece.samples(CLASSES)]
 
 
@@ -60,7 +60,7 @@ def test_lists_and_urls_name_the_same_samples(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in folder.iterdir():
         memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
-    expected = read(plan_source(str(folder), CLASSES, 3))
+    expected = read(find_source(str(folder), CLASSES, 3))
     names = "train-{000000..000002}.tar"
     lists = (
         f"{folder}/{names}",
@@ -74,7 +74,7 @@ def test_lists_and_urls_name_the_same_samples(folder: Path) -> None:
     )
     assert len(expected) == 12
     for data in (*lists, mixed):
-        assert read(plan_source(data, CLASSES, 3)) == expected, data
+        assert read(find_source(data, CLASSES, 3)) == expected, data
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_lists_and_urls_name_the_same_samples(folder: Path) -> None:
 def test_lists_that_name_nothing(folder: Path, data: str, message: str) -> None:
     """The first file that is missing, or does not fit, is named in one line."""
     with pytest.raises(UserError, match=message) as caught:
-        plan_source(data.replace("{folder}", str(folder)), CLASSES, 3)
+        find_source(data.replace("{folder}", str(folder)), CLASSES, 3)
     assert "\n" not in str(caught.value)
 
 
@@ -111,7 +111,7 @@ def test_secrets() -> None:
 def test_the_tars_of_commands_make_the_source(folder: Path) -> None:
     """Other tars, or others inside the first, are another source; how they are fetched is not."""
     one, again, other, fewer = (
-        plan_source(f"pipe:{command}", CLASSES, 100).fingerprint
+        find_source(f"pipe:{command}", CLASSES, 100).fingerprint
         for command in (
             f"cat {folder}/train-00000{{0..2}}.tar", f"cd {folder} && true && cat train-00000{{0..2}}.tar",
             f"cat {folder}/train-00000{{1..2}}.tar", f"cat {folder}/train-00000{{0..1}}.tar",
@@ -122,12 +122,12 @@ def test_the_tars_of_commands_make_the_source(folder: Path) -> None:
 
 def test_commands(folder: Path) -> None:
     """``pipe:`` takes a tar from a command's output, one piece a command; braces and ``::`` make several."""
-    expected = read(plan_source(str(folder), CLASSES, 100))
-    plan = plan_source(f"pipe:cat {folder}/train-{{000000..000002}}.tar", CLASSES, 100)
+    expected = read(find_source(str(folder), CLASSES, 100))
+    plan = find_source(f"pipe:cat {folder}/train-{{000000..000002}}.tar", CLASSES, 100)
     assert read(plan) == expected and len(plan.pieces) == 3 and not plan.exact
-    plan = plan_source(f"pipe:cat {folder}/train-000000.tar::{folder}/train-000001.tar", CLASSES, 100)
+    plan = find_source(f"pipe:cat {folder}/train-000000.tar::{folder}/train-000001.tar", CLASSES, 100)
     assert read(plan) == expected[:8]
-    one = plan_source(f"pipe:cat {folder}/train-000000.tar | cat", CLASSES, 100)
+    one = find_source(f"pipe:cat {folder}/train-000000.tar | cat", CLASSES, 100)
     assert one.exact and one.samples == 4 and read(one) == expected[:4]
 
 
@@ -142,7 +142,7 @@ def test_a_command_that_fails(folder: Path, command: str) -> None:
     """A status other than 0, also before a `|`, is named though the output looked whole; so is an output that is cut off, or empty."""
     data = f"pipe:{command.format(folder=folder)}"
     with pytest.raises(UserError, match=r"pipe:.*(ended with status 3|not a readable tar)") as caught:
-        plan_source(data, CLASSES, 100)
+        find_source(data, CLASSES, 100)
     assert "\n" not in str(caught.value)
 
 
@@ -168,10 +168,10 @@ def test_keys_by_place(tmp_path: Path) -> None:
     for n in range(3):
         write(tmp_path / f"t{n}.tar", [f"{i:06d}" for i in range(5)])
     with pytest.raises(UserError, match=r"t1\.tar: key '000000' occurs twice .*--set source\.keys=place"):
-        plan_source(str(tmp_path), CLASSES, 100)
-    keys = [sample.key for sample in read(plan_source(str(tmp_path), CLASSES, 100, "place"))]
+        find_source(str(tmp_path), CLASSES, 100)
+    keys = [sample.key for sample in read(find_source(str(tmp_path), CLASSES, 100, "place"))]
     assert keys == [f"t{n}-{i:06d}" for n in range(3) for i in range(5)]
-    assert [sample.key for sample in read(plan_source(str(tmp_path), CLASSES, 2, "place"))] == keys
+    assert [sample.key for sample in read(find_source(str(tmp_path), CLASSES, 2, "place"))] == keys
 
 
 @pytest.mark.parametrize("shard_size", [1, 3, 10, 40])
@@ -182,9 +182,9 @@ def test_ranges_of_bytes_cover_every_sample_once(
     """Large tars are cut at any byte, also within an image: every sample is in exactly one piece, with the key that it would have had."""
     for n, count in enumerate((57, 3, 31)):
         write(tmp_path / f"t{n}.tar", [f"k{n}-{i:03d}" for i in range(count)])
-    exact = plan_source(str(tmp_path), CLASSES, shard_size, keys)  # type: ignore[arg-type]
+    exact = find_source(str(tmp_path), CLASSES, shard_size, keys)  # type: ignore[arg-type]
     monkeypatch.setattr(tars, "EXACT", 10)
-    plan = plan_source(str(tmp_path), CLASSES, shard_size, keys)  # type: ignore[arg-type]
+    plan = find_source(str(tmp_path), CLASSES, shard_size, keys)  # type: ignore[arg-type]
     assert exact.exact and not plan.exact and len({piece.name for piece in plan.pieces}) == len(plan.pieces)
     assert read(plan) == read(exact)
     assert shard_size == 40 or len(plan.pieces) >= 10
@@ -196,7 +196,7 @@ def test_ranges_of_bytes_cover_every_sample_once(
 def test_every_cut_of_a_tar_is_exact(tmp_path: Path) -> None:
     """A cut at every multiple of 100 bytes: the two sides together hold each sample once."""
     path = write(tmp_path / "t.tar", [f"k{i}" for i in range(8)])
-    whole = [s.key for s in read(plan_source(str(path), CLASSES, 100))]
+    whole = [s.key for s in read(find_source(str(path), CLASSES, 100))]
     for cut in range(0, path.stat().st_size + 1, 100):
         pieces = [
             tars.TarPiece(url=str(path), name="", count=4, start=start, stop=stop, first=first)
@@ -213,10 +213,10 @@ def test_a_tar_cut_between_members_is_named_by_its_last_piece(tmp_path: Path, mo
         cut = tar.getmembers()[60].offset
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(it stops at byte"):
-        plan_source(str(path), CLASSES, 10)
+        find_source(str(path), CLASSES, 10)
     whole = write(tmp_path / "a.tar", [f"a{i}" for i in range(40)])
     monkeypatch.setattr(tars, "EXACT", 10)
-    plan = plan_source(f"{whole}::{path}", CLASSES, 10)
+    plan = find_source(f"{whole}::{path}", CLASSES, 10)
     with pytest.raises(UserError, match=r"t\.tar: not a readable tar \(it stops at byte"):
         list(plan.pieces[-1].samples(CLASSES))
     assert all(sample.problem is None for piece in plan.pieces[:-1] for sample in piece.samples(CLASSES))
@@ -231,7 +231,7 @@ def test_large_sources_are_looked_into_once(tmp_path: Path, monkeypatch: pytest.
     middle = data.index(b"2-10.jpg")
     data[middle] ^= 0x40  # a damaged header in the middle of a later tar
     (tmp_path / "t2.tar").write_bytes(data)
-    plan = plan_source(str(tmp_path), CLASSES, 20)
+    plan = find_source(str(tmp_path), CLASSES, 20)
     assert len(plan.pieces) == 4
     with pytest.raises(UserError, match=r"t2\.tar: not a readable tar"):
         list(plan.pieces[2].samples(CLASSES))
@@ -239,10 +239,10 @@ def test_large_sources_are_looked_into_once(tmp_path: Path, monkeypatch: pytest.
         assert sample.problem is None
     write(tmp_path / "t3.tar", ["0-0", "x"])
     with pytest.raises(UserError, match=r"t3\.tar: key '0-0' occurs twice"):
-        plan_source(str(tmp_path), CLASSES, 20)
+        find_source(str(tmp_path), CLASSES, 20)
     write(tmp_path / "t3.tar", [])
     with pytest.raises(UserError, match=r"t3\.tar: holds no samples; leave it out"):
-        plan_source(str(tmp_path), CLASSES, 20)
+        find_source(str(tmp_path), CLASSES, 20)
 
 
 def test_a_run_cut_by_bytes_holds_the_same_samples(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -255,7 +255,7 @@ def test_a_run_cut_by_bytes_holds_the_same_samples(world, tmp_path: Path, monkey
         write_tar(tmp_path / name, members)
     monkeypatch.setattr(tars, "EXACT", 10)
     recipe = world.load("source.shard_size=5", f"source.data={tmp_path}")
-    plan = plan_source(recipe.source.data, load_classes(world.clip / "prompts.yaml"), 5)
+    plan = find_source(recipe.source.data, load_classes(world.clip / "prompts.yaml"), 5)
     assert not plan.exact and plan.samples != 36
     make_shards(recipe, str(tmp_path / "run"))
     run = RunDir(tmp_path / "run")

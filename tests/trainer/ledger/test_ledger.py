@@ -47,7 +47,7 @@ def test_ratios_are_taken_within_a_turn() -> None:
 
 
 def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five batches of four clean images; the first two are slow to come, the others take 1 second to come and 3 to train on."""
+    """Five batches of four clean images. The first two come late; the others take 1 second to come and 3 to train on."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -163,7 +163,7 @@ def test_parts_too_small_for_fast_advprop_are_a_user_error(finished_run: Path) -
 
 
 def test_the_ledger_knows_every_method_and_what_the_recipe_shares() -> None:
-    """Plain training first, the registry's order, the recipe's temperature, weight and smoothing where a method has them."""
+    """Plain training first, the registry's order; the recipe's temperature and weight where a method has them."""
     shared = ["method.temperature=2", "method.weight=0.3", "method.smoothing=0.1"]
     lines = ledger_lines(load("demo", shared))
     assert [line.name for line in lines if line.name in NAMES] == list(NAMES) and {line.name for line in lines} == set(

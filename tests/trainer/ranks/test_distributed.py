@@ -22,12 +22,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainer.checkpoint import LAST, METRICS, StudentDir
 from trainer.evaluation.score import score_set
+from trainer.evaluation.sets import image_set
 from trainer.loop import Hooks, train
 from trainer.recipe import load
 from trainer.run import open_reader
 
 from ...chaos.slurm_cluster import slurm, why_not
-from ..conftest import CLASSES, SIDE, write_image_set, write_run
+from ..conftest import NAMES, SIDE, write_image_set, write_run
 
 PROJECT = Path(__file__).resolve().parents[3]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -137,7 +138,7 @@ def test_two_ranks_learn_what_one_does(
     for row, other in zip(one, two, strict=True):
         assert other == pytest.approx(row, rel=1e-4)
     student = StudentDir(tmp_path / "2").load_student()
-    score = score_set(student, validation, CLASSES, SIDE, torch.device("cpu"), bf16=False)
+    score = score_set(student, image_set(validation, NAMES), SIDE, torch.device("cpu"), bf16=False)
     assert score.images == 21 and max(row["val_top1"] for row in two) == pytest.approx(score.top1, rel=1e-5)
     assert [path.name for path in (tmp_path / "2").iterdir() if path.suffix == ".tmp"] == []
 

@@ -12,13 +12,13 @@ from torch import nn
 from manifests import UserError
 from trainer.evaluation.kept import scores_from_json, scores_to_json
 from trainer.evaluation.score import Score, score_set
-from trainer.evaluation.sets import sets_below
+from trainer.evaluation.sets import image_set, sets_below
 from trainer.tables import results
 from trainer.tables.markdown import markdown
 from trainer.tables.picture import picture
 from trainer.tables.results import Result, difference, from_json, groups, summarize, to_json
 
-from ..conftest import CLASSES, SIDE, write_image_set
+from ..conftest import CLASSES, NAMES, SIDE, write_image_set
 
 
 class Constant(nn.Module):
@@ -38,7 +38,7 @@ def _results() -> list[Result]:
 
 def test_top1_counts_and_binomial_error(tmp_path: Path) -> None:
     folder = write_image_set(tmp_path / "set", images=23)
-    score = score_set(Constant(), folder, CLASSES, SIDE, torch.device("cpu"), bf16=False, batch=7)
+    score = score_set(Constant(), image_set(folder, NAMES), SIDE, torch.device("cpu"), bf16=False, batch=7)
     assert (score.right, score.images) == (5, 23)
     assert score.error == pytest.approx(100 * math.sqrt(5 / 23 * 18 / 23 / 23))
     kept = scores_to_json({"set": score}, made_from="a", weights="w").encode()
