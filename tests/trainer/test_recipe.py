@@ -73,8 +73,12 @@ def test_the_identity_names_the_method_and_its_settings() -> None:
     kept = identity(load("demo", ["method.name=at", "models.teacher.model=here"]))
     of_method = {name: value for name, value in kept.items() if name.startswith("method.")}
     assert of_method == {
-        "method.name": "at", "method.steps": 10, "method.eps": 4 / 255, "method.alpha": 1 / 255, "method.smoothing": 0.0,
-    }  # fmt: skip
+        "method.name": "at",
+        "method.steps": 10,
+        "method.eps": 4 / 255,
+        "method.alpha": 1 / 255,
+        "method.smoothing": 0.0,
+    }
     assert not [name for name in kept if name.startswith("models")]
 
 
