@@ -107,7 +107,7 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
 
 
 def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> None:
-    """A run of labels only, with the images in tars of the user's own: to the bit the student of the run that holds them."""
+    """A run of labels only, with the images in the user's own tars, gives the student of the run that holds them."""
     labels_only = write_run(tmp_path / "labels", clean_images=False)
     with pytest.raises(UserError, match="hold labels only, without images; name the folder or URL of your own"):
         train(recipe(labels_only, "epochs=1"), str(tmp_path / "refused"))
@@ -122,7 +122,7 @@ def test_own_images_give_the_same_student(tiny_run: Path, tmp_path: Path) -> Non
 def test_a_compiled_student_learns_the_same(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    """compile=true, forward and backward: checkpoints of the same names, weights of the same values but for rounding, and it resumes."""
+    """compile=true, forward and backward: the same names in checkpoints, the same weights but for rounding; it resumes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     same = ["epochs=1", "drop_path=0.2", "optimizer.name=sgd"]
     train(recipe(tiny_run, *same), str(tmp_path / "eager"))
@@ -254,7 +254,7 @@ def test_label_outside_the_class_list_is_named(tiny_run: Path, tmp_path: Path) -
 
 
 def test_a_loss_that_is_not_finite_is_found_when_read_and_named(tiny_run: Path) -> None:
-    """The step itself does not wait for the device: the meter finds the first bad step among those since it was last read."""
+    """The step does not wait for the device: the meter finds the first bad step since it was last read."""
     reader = TrainingReader(str(tiny_run), batch_size=8)
     batches = list(reader.batches(0))[:3]
     batches[1]["dad"].logits[0, 0] = float("nan")
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_is_found_when_read_and_named(tiny_run: Path) 
 
 
 def test_a_gradient_that_is_not_finite_is_found_too(tiny_run: Path) -> None:
-    """A loss of 1, whose gradient overflows: without this the weights would be spoiled one step before anybody sees it."""
+    """A finite loss whose gradient overflows: the next step's loss would show it when the weights are spoiled already."""
     reader = TrainingReader(str(tiny_run), batch_size=8)
     batch = next(iter(reader.batches(0)))
     student = create_student(STUDENT, CLASSES, SIDE)
@@ -369,7 +369,7 @@ def test_options_train_and_resume_to_the_bit(tiny_run: Path, tmp_path: Path, cha
 
 
 def test_a_run_says_what_it_cost(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """51 clean and 33 DAD images, batches of 8: 6 steps of 8 + 5 or 6, so 1.69 times plain training; two epochs see 162 images."""
+    """6 steps of 8 clean and 5 or 6 DAD images: 1.69 times plain training; two epochs see 162 images."""
     train(recipe(tiny_run), str(tmp_path / "student"))
     told = capsys.readouterr().out
     assert "8 clean + 5.5 dad images a step, 1.69 times the passes of plain training" in told
@@ -432,7 +432,7 @@ def test_the_cost_counts_validation(tiny_run: Path, tmp_path: Path, capsys: pyte
 
 
 def test_shards_sealed_anew_begin_the_epoch_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sealed without a shard, stopped in mid-epoch, healed: the samples of the epoch are others, and each is seen once from then on."""
+    """Sealed without a shard, stopped in mid-epoch, healed: the epoch has other samples, and each is seen once."""
     shards = RunDir(write_run(tmp_path / "run"))
     info, left_out = shards.info(), [tmp_path / "run" / stream / f"{stream}-000002.tar" for stream in ("clean", "dad")]
     kept = [tar.read_bytes() for tar in left_out]

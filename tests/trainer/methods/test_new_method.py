@@ -86,7 +86,7 @@ def test_registering_it_takes_one_line() -> None:
         naming = [line.strip() for line in lines if kind.__name__ in (word.strip(",") for word in line.split())]
         imports = [line for line in naming if line.startswith("from .")]
         others = [line for line in naming if line not in imports and not line.startswith("__all__")]
-        assert len(imports) == len(others) == 1 and others[0] == f"{kind.__name__},", naming
+        assert (len(imports), others) == (1, [f"{kind.__name__},"]), naming
     assert NAMES == tuple(kind().name for kind in METHODS) and len(set(NAMES)) == len(NAMES)
 
 
