@@ -40,7 +40,7 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Calls on the way of a training run, on every rank; by default each does nothing. An exception in one ends training.
+    """Calls on the way of a training run, on every rank; by default they do nothing. An exception in one ends the run.
 
     `Training.steps_done` says where the run is.
     """
