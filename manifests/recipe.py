@@ -201,7 +201,7 @@ def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, 
 
 
 def _path(tree: Any, location: Sequence[int | str]) -> Iterator[str]:
-    """The names of a field and its parents, from pydantic's location, which holds the tag of each union on the way too."""
+    """The names of a field and its parents. pydantic's location also holds the tags of unions; they are left out."""
     for part in location:
         if isinstance(tree, Mapping) and part not in tree and part == tree.get(TAG):
             continue

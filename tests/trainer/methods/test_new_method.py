@@ -90,7 +90,8 @@ try:
 except InterruptedError:
     print("stopped")
 ended = train(recipe, f"{out}/stopped").load_last()
-print("same" if all(torch.equal(value, ended["student"][name]) for name, value in whole["student"].items()) else "other")
+same = all(torch.equal(value, ended["student"][name]) for name, value in whole["student"].items())
+print("same" if same else "other")
 print(methods_table())
 """
 
