@@ -201,9 +201,9 @@ def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, 
 
 
 def _path(tree: Any, location: Sequence[int | str]) -> Iterator[str]:
-    """The names of a field and its parents. pydantic's location also holds the tags of unions; they are left out."""
+    """The names of a field and its parents. pydantic adds the tags of unions and a word for keys of mappings."""
     for part in location:
-        if isinstance(tree, Mapping) and part not in tree and part == tree.get(TAG):
+        if part == "[key]" or (isinstance(tree, Mapping) and part not in tree and part == tree.get(TAG)):
             continue
         yield str(part)
         try:

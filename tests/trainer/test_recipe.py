@@ -95,6 +95,8 @@ def test_the_identity_names_the_method_and_its_settings() -> None:
         ("method.smoothing=1", r"^--set method\.smoothing: .*less than 1 \(got 1\)"),
         ("method=kd", r"^--set method: .*\(got 'kd'\)"),
         ("method=null", r"^--set method: "),
+        ("models.techer.model=x", r"^--set models\.techer: .*'teacher' or 'discretizer' \(got 'techer'\)"),
+        ("models.teacher=5", r"^--set models\.teacher: .*\(got 5\)"),
         ("loss.temperature=2", r"^--set: loss: is now `method`, for example method: \{name: dad, temperature: 4"),
     ],
 )
