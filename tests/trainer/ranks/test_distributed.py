@@ -291,35 +291,62 @@ def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(tiny_run: Path, tmp_p
     assert (tmp_path / LAST).stat().st_mtime > told_at and StudentDir(tmp_path).load_last() is not None
 
 
-def test_a_job_that_is_told_to_stop_waits_for_its_checkpoint(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
-    """Rank 0 takes four seconds to write it; rank 1, done long before, does not end the job meanwhile."""
-    given = command(tiny_run, tmp_path, "epochs=1000", "checkpoint_minutes=1000")
-    overrides = [override for flag, override in itertools.pairwise(given) if flag == "--set"]
-    program = f"""
-import os, signal, time
+def hooked(run: Path, out: Path, hooks: str, *overrides: str) -> str:
+    """A program that trains as the command line does, with ``hooks`` that it defines itself."""
+    given = command(run, out, *overrides)
+    named = [override for flag, override in itertools.pairwise(given) if flag == "--set"]
+    return f"""
+import os, signal, threading, time
 import click
 from manifests.command import ProjectGroup
 from trainer.loop import Hooks, train
 from trainer.ranks import distributed
 from trainer.recipe import load
+{hooks}
+@click.group(cls=ProjectGroup)
+def main(): pass
+@main.command()
+def go():
+    with distributed.joined():
+        train(load("demo", {named}), {str(out)!r}, hooks)
+main(["go"])
+"""
+
+
+def test_a_job_that_is_told_to_stop_waits_for_its_checkpoint(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """Rank 0 takes four seconds to write it; rank 1, done long before, does not end the job meanwhile."""
+    hooks = """
 def stop(run, batch):
     if run.steps_done == 2 and distributed.is_first():
         os.kill(os.getpid(), signal.SIGTERM)
 def slow(run):
     if run.steps_done > 2 and distributed.is_first():
         time.sleep(4)
-@click.group(cls=ProjectGroup)
-def main(): pass
-@main.command()
-def go():
-    with distributed.joined():
-        train(load("demo", {overrides}), {str(tmp_path)!r}, Hooks(before_step=stop, before_save=slow))
-main(["go"])
+hooks = Hooks(before_step=stop, before_save=slow)
 """
-    processes = ranks(2, "-c", program)
+    processes = ranks(2, "-c", hooked(tiny_run, tmp_path, hooks, "epochs=1000", "checkpoint_minutes=1000"))
     statuses, lines = told(processes)
     assert (statuses, lines) == ([130, 130], [])
     assert StudentDir(tmp_path).load_last() is not None
+
+
+def test_a_rank_told_to_stop_while_it_waits_for_a_checkpoint_is_heard(
+    tiny_run: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Rank 1 has done the epoch's last step, and rank 0 writes its checkpoint: all stop before the next epoch."""
+    hooks = """
+def told(run, losses):
+    if run.steps_done == 6 and not distributed.is_first():
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+def slow(run):
+    if run.at.step == 6:
+        time.sleep(4)
+hooks = Hooks(after_step=told, before_save=lambda run: distributed.is_first() and slow(run))
+"""
+    processes = ranks(2, "-c", hooked(tiny_run, tmp_path, hooks, "epochs=4", "checkpoint_minutes=1000"))
+    assert told(processes) == ([130, 130], [])
+    state = StudentDir(tmp_path).load_last()
+    assert state is not None and (state["progress"]["epoch"], state["progress"]["step"]) == (0, 6)
 
 
 @pytest.mark.slow
