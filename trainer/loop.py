@@ -126,7 +126,7 @@ def train_epoch(run: Training, log: Log, bar: Any, hooks: Hooks) -> None:
             if pace.leave:
                 break
         # A stop may arrive while the epoch's last checkpoint is being written. All ranks wait here: one that exits
-        # early ends the job, and rank 0's write with it. A stop that came while waiting counts in the vote that follows.
+        # early ends the job, and rank 0's write with it. A stop that came meanwhile counts in the vote that follows.
         distributed.agree(True)
         if distributed.any_rank(stop.asked):
             raise KeyboardInterrupt
