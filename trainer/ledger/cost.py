@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 import torch
 from torch import nn
@@ -55,21 +57,25 @@ def main(
 ) -> None:
     """Measure every way of training in turn, as ratios to plain training, loading included."""
     recipe, named = chosen(recipe, student, shards)
-    settings = load(recipe, [*named, *overrides])
+    of_run = [override for override in overrides if override.startswith(("teacher.", "discretizer."))]
+    settings = load(recipe, [*named, *(override for override in overrides if override not in of_run)])
     check_name(settings.student)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     info = RunDir(settings.shards).info()
-    models = load_models(info, random, device)
+    models = load_models(info, random, device, of_run)
     click.echo(_header(settings, info, random, device))
     steps = whole_bursts(steps, settings.workers)
     timings, generation = measure(settings, models, device, steps=steps, repeats=repeats)
     click.echo(f"each scheme {repeats} times {steps} steps, in turn\n\n{table(timings, generation, settings.epochs)}")
 
 
-def load_models(info: RunInfo, random: str | None, device: torch.device) -> Models:
-    """The models that made a run, or untrained ones, which cost the same. Raises UserError when the run's are not where it says."""
+def load_models(info: RunInfo, random: str | None, device: torch.device, overrides: Sequence[str] = ()) -> Models:
+    """The models that made a run, or untrained ones, which cost the same. overrides: of the run's models, as `teacher.model=…`.
+
+    Raises UserError when the run's models are not where it says, or would be downloads that the command does not name.
+    """
     from pipeline.method import attack, discretizer, teacher
 
     phi: nn.Module
@@ -77,11 +83,8 @@ def load_models(info: RunInfo, random: str | None, device: torch.device) -> Mode
     if random is not None:
         phi, q = _untrained_teacher(random, len(info.classes)), discretizer.VQGAN(discretizer.VQGANConfig()).eval()
     else:
-        phi = teacher.teacher_of_run(info)
-        asked = info.recipe["discretizer"]
-        q = discretizer.load_discretizer(
-            make_recipe(discretizer.VQGANConfig, asked["config"], "run.json"), asked["weights"], asked["kind"]
-        )
+        phi = teacher.teacher_of_run(info, overrides)
+        q = discretizer.discretizer_of_run(info, overrides)
     for model in (phi, q):
         model.to(device).to(memory_format=torch.channels_last)
     settings = make_recipe(attack.AttackSettings, info.recipe["attack"], "run.json")
