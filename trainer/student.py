@@ -35,7 +35,7 @@ class Student(nn.Module):
 
 def check_name(name: str) -> None:
     """Raises UserError for a model, or a tag, that timm does not know."""
-    check_timm_name(name, "student")
+    check_timm_name(name, "student", timm)
 
 
 def create_student(

@@ -68,11 +68,11 @@ def _check_part(part: Any, known: Set[str], where: str) -> None:
     if not isinstance(part, dict):
         raise UserError(f"teacher.model: {where} must be a mapping")
     _check(part, known, where)
-    for name, allowed in _KEYWORDS.items():
-        if part.get(name) is not None:
-            if not isinstance(part[name], dict):
-                raise UserError(f"teacher.model: {where}.{name} must be a mapping")
-            _check(part[name], allowed, f"{where}.{name}")
+    for keywords, allowed in _KEYWORDS.items():
+        if part.get(keywords) is not None:
+            if not isinstance(part[keywords], dict):
+                raise UserError(f"teacher.model: {where}.{keywords} must be a mapping")
+            _check(part[keywords], allowed, f"{where}.{keywords}")
     if (name := part.get("timm_model_name")) is not None:
         import timm
 

@@ -205,7 +205,7 @@ def _templates(settings: Teacher, classes: ClassList) -> Sequence[str]:
 def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
     import timm
 
-    check_timm_name(settings.model, "teacher.model")
+    check_timm_name(settings.model, "teacher.model", timm)
     if settings.weights is None:
         raise UserError(
             "teacher.weights: name a checkpoint file of the timm model, or `pretrained` for timm's own weights"

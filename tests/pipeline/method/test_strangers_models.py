@@ -131,7 +131,7 @@ def test_verify_says_which_teacher_it_loads(world, strange: Path, cli) -> None: 
 
 def test_a_discretizer_of_the_hub_needs_the_command(strange: Path) -> None:
     rename(strange, "discretizer", kind="diffusion", weights="stranger/diffusion")
-    with pytest.raises(UserError, match="--set discretizer.weights=stranger/diffusion"):
+    with pytest.raises(UserError, match=r"--set discretizer\.weights=stranger/diffusion"):
         discretizer_of_run(RunDir(strange).info())
 
 
