@@ -19,7 +19,7 @@ from shards.codec import to_float
 
 from .job.models import Models, load_models
 from .method.discretizer import Discretizer
-from .method.teacher import weights_fingerprint
+from .method.teacher import announce_teacher, weights_fingerprint
 from .recipe import recipe_of
 from .speed.batch_size import ON_CPU
 
@@ -67,6 +67,7 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     run = RunDir(out)
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
+    announce_teacher(recipe.teacher, run.store.where(RUN), overrides)
     models = load_models(
         replace(recipe, discretizer=Discretizer(kind="identity")), classes
     )  # the teacher alone is asked

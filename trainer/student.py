@@ -13,6 +13,7 @@ from torch import nn
 from manifests import UserError, load_weights, one_line
 from manifests.devices import out_of_memory
 from manifests.recipe import nearest
+from manifests.timm_names import check_timm_name
 
 
 class Student(nn.Module):
@@ -33,9 +34,8 @@ class Student(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a model that timm does not know."""
-    if not timm.is_model(name):
-        raise UserError(f"student: timm knows no model {name!r}{nearest(name, timm.list_models())}")
+    """Raises UserError for a model, or a tag, that timm does not know."""
+    check_timm_name(name, "student", timm)
 
 
 def create_student(

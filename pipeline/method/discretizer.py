@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,12 @@ import yaml
 from pydantic import BeforeValidator
 from torch import nn
 
-from manifests import Location, UserError, find_file, load_weights, one_line, recipe_dataclass
-from manifests.recipe import nearest
+from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
+from manifests.notes import note
+from manifests.recipe import apply_overrides, make_recipe, nearest
+from manifests.rundir import RUN
 
-from .diffusion import DiffusionConfig, load_diffusion
+from .diffusion import DiffusionConfig, is_download, load_diffusion
 
 RANDOM = "random"
 NEAREST_CHUNK = 8192  # tokens whose distances to all codes are in memory at once: 8192 x 16384 float32 is 512 MiB
@@ -216,3 +218,21 @@ def build_discretizer(settings: Discretizer) -> nn.Module:
     if settings.kind == "diffusion":
         return load_diffusion(settings.diffusion, settings.weights)
     return load_discretizer(settings.config, settings.weights, settings.kind)
+
+
+def discretizer_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> nn.Module:
+    """Build the discretizer of a run on the CPU. overrides: ``discretizer.weights=…``, as on the command line.
+
+    Raises UserError when its file is not where run.json says, or when it would be a download that only run.json names.
+    """
+    tree = apply_overrides({"discretizer": info.recipe["discretizer"]}, overrides)
+    settings: Discretizer = make_recipe(Discretizer, tree["discretizer"], RUN, overrides)
+    weights = settings.weights or ""
+    if settings.kind == "diffusion":
+        if is_download(weights) and not any(override.startswith("discretizer.weights=") for override in overrides):
+            raise UserError(
+                f"{RUN}: discretizer.weights: {weights} would be downloaded because this file names it; if you want that "
+                f"model, say so with --set discretizer.weights={weights}, or name a local folder"
+            )
+        note(f"{RUN} names the discretizer: {weights}; it is loaded now")
+    return build_discretizer(settings)
