@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,9 +34,35 @@ ASK_EVERY = 5  # steps: a few seconds, where a cluster gives half a minute betwe
 T = TypeVar("T")
 
 
-def train(recipe: Recipe, out: str) -> StudentDir:
+def _nothing(*_: Any) -> None:
+    """What a hook does by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """Calls on the way of a training run, on every rank; each does nothing by default. An exception raised in one ends training.
+
+    `Training.steps_done` says where the run is.
+    """
+
+    before_training: Callable[[Training], None] = _nothing
+    """Everything is loaded and checked, and the run is where its last checkpoint was."""
+    before_step: Callable[[Training, Batch], None] = _nothing
+    """The batch is read; nothing is learned from it yet."""
+    after_step: Callable[[Training, Losses], None] = _nothing
+    """The student has its new weights. Reading the losses waits for the device."""
+    before_save: Callable[[Training], None] = _nothing
+    """A checkpoint is written next, by rank 0."""
+    before_validation: Callable[[Training], None] = _nothing
+    """All steps of an epoch are done and saved; validation follows, where the recipe names a set."""
+    after_epoch: Callable[[Training], None] = _nothing
+    """The epoch is validated and saved; `Progress.epoch` is the next one's number."""
+
+
+def train(recipe: Recipe, out: str, hooks: Hooks = Hooks()) -> StudentDir:  # frozen
     """Train a student to the end and return its directory.
 
+    hooks: called on the way, for whoever wants to watch a run or to end it at a given place.
     Raises UserError for an unknown student, shards that are missing or damaged, or a directory that holds another run.
     """
     with must_fit("the student does not fit into memory; free some, or choose a smaller one"):
@@ -44,6 +70,7 @@ def train(recipe: Recipe, out: str) -> StudentDir:
         mend_best(run)
     quiet = not distributed.is_first()
     if run.at.epoch < recipe.epochs:
+        hooks.before_training(run)
         if not quiet:
             click.echo(_opening(run))
         log = Log(run.directory.path, recipe, run.steps_done)
@@ -55,14 +82,16 @@ def train(recipe: Recipe, out: str) -> StudentDir:
             ) as bar,
         ):
             while run.at.epoch < recipe.epochs:
-                train_epoch(run, log, bar)
-                end_epoch(run, log)
+                train_epoch(run, log, bar, hooks)
+                hooks.before_validation(run)
+                end_epoch(run, log, hooks)
+                hooks.after_epoch(run)
     if not quiet:
         click.echo(_closing(run))
     return run.directory
 
 
-def train_epoch(run: Training, log: Log, bar: Any) -> None:
+def train_epoch(run: Training, log: Log, bar: Any, hooks: Hooks) -> None:
     """From where the run is to the end of its epoch, with checkpoints on the way.
 
     Raises KeyboardInterrupt after one more checkpoint when the process is told to stop.
@@ -74,8 +103,10 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
     with told_to_stop(quiet=not distributed.is_first()) as stop:
         batches = reader.batches(at.epoch, at.step, workers=recipe.workers, transform=augment, pin=pin)
         for batch, waited in with_waits(batches):
+            hooks.before_step(run, batch)
             step = run.steps_done
             rate, losses = advance(run, batch)
+            hooks.after_step(run, losses)
             meter.add(step, losses, batch)
             at.waited += waited
             pace = _pace(run, step, stop.asked, time.monotonic() - saved)
@@ -87,6 +118,7 @@ def train_epoch(run: Training, log: Log, bar: Any) -> None:
                 at.seconds, clock = at.seconds + now - clock, now
             if pace.save:
                 check_weights(run)
+                hooks.before_save(run)
                 save(run)
                 log.flush()  # what is on disk ends where the checkpoint does
                 saved = time.monotonic()
@@ -136,7 +168,7 @@ def advance(run: Training, batch: Batch) -> tuple[float, Losses]:
     return rate, losses
 
 
-def end_epoch(run: Training, log: Log) -> None:
+def end_epoch(run: Training, log: Log, hooks: Hooks) -> None:
     """Validate, keep the best weights, write the epoch's row, save."""
     at, recipe = run.at, run.recipe
     row: dict[str, float] = {"epoch": at.epoch} | {name: total / run.reader.steps for name, total in at.sums.items()}
@@ -168,6 +200,7 @@ def end_epoch(run: Training, log: Log) -> None:
     at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
     if distributed.is_first():
         run.directory.store.write(METRICS, to_csv(at.rows).encode())
+    hooks.before_save(run)
     save(run)
     log.flush()
 

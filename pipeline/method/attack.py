@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from manifests.recipe import recipe_dataclass
@@ -56,7 +57,8 @@ def attack(
 ) -> Attacked:
     """Find discrete adversarial images of the teacher.
 
-    x: images [B, 3, H, W] in [0, 1]; y: labels [B]; noise: random starts from `draw_noise` (zero rows start at Q(x)).
+    x: images [B, 3, H, W] in [0, 1]; y: labels [B], or for mixed images their distribution, float [B, classes]; noise:
+    random starts from `draw_noise` (zero rows start at Q(x)).
     teacher: differentiable with respect to its input. `verified` tells which images it still recognizes.
     """
     with torch.no_grad():
@@ -78,10 +80,14 @@ def loss_gradient(x: torch.Tensor, y: torch.Tensor, teacher: Classifier) -> torc
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        margin = _margin(teacher(x).float(), y)
-        # CE = log(1 + e^m), so its gradient is sigmoid(m) dm. The gradient through softmax holds p_y - 1 instead, which
-        # rounds to 0 below m = -17.
-        loss = (margin.detach().sigmoid() * margin).sum()
+        logits = teacher(x).float()
+        if y.is_floating_point():
+            loss = F.cross_entropy(logits, y, reduction="sum")
+        else:
+            margin = _margin(logits, y)
+            # CE = log(1 + e^m), so its gradient is sigmoid(m) dm. The gradient through softmax holds p_y - 1 instead,
+            # which rounds to 0 below m = -17.
+            loss = (margin.detach().sigmoid() * margin).sum()
         # not .backward(): the weights need no gradient, but keep requires_grad (open_clip is 10x slower on CPU without)
         (gradient,) = torch.autograd.grad(loss, x)
     return gradient.float()

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from manifests.signals import SIGNALS, told_to_stop
-from trainer import loop
 from trainer.checkpoint import LAST, StudentDir
+from trainer.loop import Hooks, train
 from trainer.run import Training
-from trainer.step import Losses, train_step
 
 from ..trainer.test_loop import assert_equal_runs, recipe
 
@@ -28,16 +27,14 @@ def _as_in_a_terminal() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_nothing_is_lost(
-    number: int, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    """The signal comes within step 4 of 6, long before a checkpoint is due, to the trainer and to its loader, as launchers send it to
-    all processes of a job; the same command ends in the weights of an untroubled run."""
+def test_nothing_is_lost(number: int, tiny_run: Path, tmp_path: Path, capfd: Any) -> None:
+    """The signal comes within step 4 of 6, long before a checkpoint is due, to the trainer and to its loader, as
+    launchers send it to all processes of a job; the same command ends in the weights of an untroubled run."""
     settings = recipe(tiny_run, "epochs=1", "checkpoint_minutes=1000", "workers=1")
-    loop.train(settings, str(tmp_path / "whole"))
+    train(settings, str(tmp_path / "whole"))
     steps = 0
 
-    def step(*given: Any, **named: Any) -> Losses:
+    def step(*_: Any) -> None:
         nonlocal steps
         steps += 1
         if steps == 4:
@@ -45,53 +42,40 @@ def test_nothing_is_lost(
             assert len(everyone) == 2
             subprocess.run(["kill", f"-{int(number)}", *map(str, everyone)], check=True)
             time.sleep(0.2)
-        return train_step(*given, **named)
 
-    monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(settings, str(tmp_path / "stopped"))
+        train(settings, str(tmp_path / "stopped"), Hooks(before_step=step))
     assert "stopping after this step" in capfd.readouterr().err
     state = StudentDir(tmp_path / "stopped").load_last()
     assert state is not None and (state["progress"]["step"], steps) == (4, 4)
-    loop.train(settings, str(tmp_path / "stopped"))
+    train(settings, str(tmp_path / "stopped"), Hooks(before_step=step))
     assert steps == 6
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_told_while_the_last_checkpoint_of_an_epoch_is_written(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_told_while_the_last_checkpoint_of_an_epoch_is_written(tiny_run: Path, tmp_path: Path) -> None:
     """No step of this epoch is left to notice it in: training stops all the same, before the next."""
-    save = loop.save
 
     def told(run: Training) -> None:
         if (run.at.epoch, run.at.step) == (0, run.reader.steps):
             os.kill(os.getpid(), signal.SIGTERM)
-        save(run)
 
-    monkeypatch.setattr(loop, "save", told)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(recipe(tiny_run, "epochs=3"), str(tmp_path / "stopped"))
+        train(recipe(tiny_run, "epochs=3"), str(tmp_path / "stopped"), Hooks(before_save=told))
     state = StudentDir(tmp_path / "stopped").load_last()
     assert state is not None and (state["progress"]["epoch"], state["progress"]["step"]) == (0, 6)
 
 
-def test_an_epoch_is_saved_before_it_is_validated(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_epoch_is_saved_before_it_is_validated(tiny_run: Path, tmp_path: Path) -> None:
     settings = recipe(tiny_run, "epochs=1", "checkpoint_minutes=1000")
-    loop.train(settings, str(tmp_path / "whole"))
-    end_epoch = loop.end_epoch
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "end_epoch", interrupted)
+    train(settings, str(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        loop.train(settings, str(tmp_path / "stopped"))
-    monkeypatch.setattr(loop, "end_epoch", end_epoch)
-    monkeypatch.setattr(loop, "train_step", interrupted)  # no step is left to do
-    loop.train(settings, str(tmp_path / "stopped"))
+        train(settings, str(tmp_path / "stopped"), Hooks(before_validation=interrupted))
+    train(settings, str(tmp_path / "stopped"), Hooks(before_step=interrupted))  # no step is left to do
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
     columns = [
         (tmp_path / name / "metrics.csv").read_text().splitlines()[1].split(",")[:-1] for name in ("whole", "stopped")
@@ -114,15 +98,9 @@ def test_handlers_are_those_of_before_afterwards() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before and not stop.asked
 
 
-def test_before_the_first_step_there_is_nothing_to_keep(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_before_the_first_step_there_is_nothing_to_keep(tiny_run: Path, tmp_path: Path) -> None:
     """An interrupt while things load is not held back."""
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop, "Log", interrupted)
+    told = Hooks(before_training=lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        loop.train(recipe(tiny_run), str(tmp_path / "student"))
+        train(recipe(tiny_run), str(tmp_path / "student"), told)
     assert not (tmp_path / "student" / LAST).exists()

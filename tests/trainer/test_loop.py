@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -22,18 +20,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manifests import RunDir, UserError
-from manifests.progress import progress
 from shards import Batch, TrainingReader
-from trainer import loop
 from trainer.checkpoint import BEST, LAST, STUDENT_INFO, StudentDir
 from trainer.evaluation.score import score_set
 from trainer.evaluation.sets import image_set
-from trainer.loop import end_epoch, train, train_epoch
-from trainer.methods.losses import student_loss
-from trainer.metrics import Log, Meter, to_csv
+from trainer.loop import Hooks, train
+from trainer.methods.losses import cross_entropy, distillation_kl
+from trainer.methods.method import Images, total
+from trainer.metrics import Meter, to_csv
 from trainer.recipe import Recipe, load
-from trainer.run import prepare
-from trainer.step import Losses, train_step
+from trainer.run import Training
+from trainer.step import Learner, Losses, train_step
 from trainer.student import create_student
 
 from .conftest import CLASSES, NAMES, PER_SHARD, SHARDS, SIDE, write_image_set, write_run
@@ -73,9 +70,8 @@ def assert_equal_runs(a: Path, b: Path) -> None:
 def step_once(
     student: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, settings: Recipe, totals: dict[str, int]
 ) -> Losses:
-    return train_step(
-        student, optimizer, batch, settings, totals=totals, rate=0.1, step=0, device=torch.device("cpu"), bf16=False
-    )
+    learner = Learner(student, student, optimizer, torch.device("cpu"), bf16=False)
+    return train_step(learner, batch, settings, totals=totals, rate=0.1, step=0)
 
 
 def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
@@ -95,9 +91,14 @@ def test_one_step_is_one_update_by_the_dad_loss(tiny_run: Path) -> None:
     clean, dad = batch["clean"], batch["dad"]
     logits = students[1](torch.cat([clean.images, dad.images]).float() / 255)
     outputs = logits.split([len(clean.images), len(dad.images)])
-    loss, _ = student_loss(
-        "dad", clean.labels, outputs, [clean.logits.float(), dad.logits.float()], temperature=4.0, weight=0.5
-    )
+    groups = [
+        Images(x=half.images, labels=half.labels, logits=half.logits, stream=stream)
+        for stream, half in (("clean", clean), ("dad", dad))
+    ]
+    terms = {"ce": cross_entropy(outputs[0], groups[0])}
+    for output, images in zip(outputs, groups, strict=True):
+        terms[f"kl_{images.stream}"] = 0.5 * distillation_kl(output, images.logits, images, 4.0)
+    loss = total(terms, reader.sizes(0))
     loss.backward()
     assert values["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for mine, theirs in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -125,14 +126,9 @@ def test_a_compiled_student_learns_the_same(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     same = ["epochs=1", "drop_path=0.2", "optimizer.name=sgd"]
     train(recipe(tiny_run, *same), str(tmp_path / "eager"))
-    with monkeypatch.context() as patch:  # told to stop after its first step
-        patch.setattr(
-            loop,
-            "train_step",
-            lambda *args, **named: (os.kill(os.getpid(), signal.SIGTERM), train_step(*args, **named))[1],
-        )
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(tiny_run, *same, "compile=true"), str(tmp_path / "compiled"))
+    stop = Hooks(before_step=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(tiny_run, *same, "compile=true"), str(tmp_path / "compiled"), stop)
     state = StudentDir(tmp_path / "compiled").load_last()
     assert state is not None and state["progress"]["step"] == 1
     train(recipe(tiny_run, *same, "compile=true"), str(tmp_path / "compiled"))
@@ -155,7 +151,7 @@ def test_training_learns_the_colours(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_killed_and_resumed_ends_in_the_same_weights(tiny_run: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of an epoch, three times, each time going on from the last checkpoint."""
-    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4", "accumulate=2", "drop_path=0.2", "loss.smoothing=0.1"]
+    settings = ["epochs=4", "checkpoint_minutes=0", "batch=4", "accumulate=2", "drop_path=0.2", "method.smoothing=0.1"]
     settings += [
         "augmentation.mixup=0.4",
         "augmentation.cutmix=1",
@@ -233,13 +229,13 @@ def test_damaged_shards_stop_training_by_name(tmp_path: Path, harm: str) -> None
 
 def test_another_recipe_or_class_list_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
-    with pytest.raises(UserError, match=r"loss\.temperature was 4\.0, now 2\.0"):
-        train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(tmp_path / "student"))
+    with pytest.raises(UserError, match=r"method\.temperature was 4\.0, now 2\.0"):
+        train(recipe(tiny_run, "epochs=1", "method.temperature=2"), str(tmp_path / "student"))
     kept = tmp_path / "student" / STUDENT_INFO
     with_more = json.loads(kept.read_text())
-    with_more["identity"]["loss.margin"] = 0.1  # as a later version may have
+    with_more["identity"]["method.margin"] = 0.1  # as a later version may have
     kept.write_text(json.dumps(with_more))
-    with pytest.raises(UserError, match=r"loss\.margin was 0\.1, now None"):
+    with pytest.raises(UserError, match=r"method\.margin was 0\.1, now None"):
         train(recipe(tiny_run, "epochs=1"), str(tmp_path / "student"))
     other = write_run(tmp_path / "other", classes=7)
     with pytest.raises(UserError, match="another class list"):
@@ -332,9 +328,9 @@ def test_a_start_that_failed_does_not_stand_in_the_way(tiny_run: Path, tmp_path:
     train(recipe(tiny_run, "epochs=1"), str(out))
     (out / LAST).unlink()
     with pytest.raises(UserError, match="another recipe"):  # the best weights are there
-        train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(out))
+        train(recipe(tiny_run, "epochs=1", "method.temperature=2"), str(out))
     (out / BEST).unlink()
-    train(recipe(tiny_run, "epochs=1", "loss.temperature=2"), str(out))
+    train(recipe(tiny_run, "epochs=1", "method.temperature=2"), str(out))
     with pytest.raises(UserError, match="'adamw'"):
         train(recipe(tiny_run, "optimizer.name=adamww"), str(tmp_path / "other"))
 
@@ -352,6 +348,10 @@ def test_validation_set_of_another_class_list_is_refused_before_the_first_step(t
         train(recipe(tiny_run, f"validation={tmp_path / 'nowhere'}"), str(tmp_path / "student"))
 
 
+def interrupted(_run: Training) -> None:
+    raise InterruptedError
+
+
 @pytest.mark.parametrize(
     "change",
     ["forward=separate", "ema=0", "sync_bn=true", "optimizer.name=lamb", "input=48", "optimizer.layer_decay=0.7"],
@@ -360,12 +360,8 @@ def test_options_train_and_resume_to_the_bit(tiny_run: Path, tmp_path: Path, cha
     """Two epochs at once, or one epoch, its checkpoint, and the other."""
     whole, halved = recipe(tiny_run, change), tmp_path / "halved"
     train(whole, str(tmp_path / "whole"))
-    run = prepare(whole, str(halved))
-    log = Log(halved, whole, 0)
-    with progress(run.total, "first epoch", "step") as bar:
-        train_epoch(run, log, bar)
-        end_epoch(run, log)
-    log.close()
+    with pytest.raises(InterruptedError):
+        train(whole, str(halved), Hooks(after_epoch=interrupted))
     train(whole, str(halved))
     left, right = (StudentDir(folder).load_last() for folder in (tmp_path / "whole", halved))
     assert left is not None and right is not None
@@ -376,8 +372,8 @@ def test_a_run_says_what_it_cost(tiny_run: Path, tmp_path: Path, capsys: pytest.
     """51 clean and 33 DAD images, batches of 8: 6 steps of 8 + 5 or 6, so 1.69 times plain training; two epochs see 162 images."""
     train(recipe(tiny_run), str(tmp_path / "student"))
     told = capsys.readouterr().out
-    assert "8 clean + 5.5 dad images a step, 1.69 times those of plain training" in told
-    assert "what it cost: 162 images, 1.69 times those of plain training" in told and "images/s" in told
+    assert "8 clean + 5.5 dad images a step, 1.69 times the passes of plain training" in told
+    assert "what it cost: 162 images, 1.69 times the passes of plain training" in told and "images/s" in told
     assert (tmp_path / "student" / "metrics.csv").read_text().splitlines()[-1].split(",")[-2] == "162"
 
 
@@ -422,13 +418,8 @@ def test_every_start_keeps_the_points_of_those_before(tiny_run: Path, tmp_path: 
     """Three epochs of six steps in three starts."""
     settings = recipe(tiny_run, "epochs=3", f"validation={write_image_set(tmp_path / 'val')}")
     for _ in range(3):
-        run = prepare(settings, str(tmp_path / "student"))
-        with (
-            closing(Log(tmp_path / "student", settings, run.now)) as log,
-            progress(run.total, "one epoch", "step") as bar,
-        ):
-            train_epoch(run, log, bar)
-            end_epoch(run, log)
+        with pytest.raises(InterruptedError):
+            train(settings, str(tmp_path / "student"), Hooks(after_epoch=interrupted))
     events = EventAccumulator(str(tmp_path / "student" / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("val_top1")] == [5, 11, 17]
 
@@ -440,9 +431,7 @@ def test_the_cost_counts_validation(tiny_run: Path, tmp_path: Path, capsys: pyte
     assert state is not None and state["progress"]["validated"] > 0
 
 
-def test_shards_sealed_anew_begin_the_epoch_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_sealed_anew_begin_the_epoch_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sealed without a shard, stopped in mid-epoch, healed: the samples of the epoch are others, and each is seen once from then on."""
     shards = RunDir(write_run(tmp_path / "run"))
     info, left_out = shards.info(), [tmp_path / "run" / stream / f"{stream}-000002.tar" for stream in ("clean", "dad")]
@@ -451,21 +440,19 @@ def test_shards_sealed_anew_begin_the_epoch_again(
     settings = recipe(tmp_path / "run", "epochs=1", "checkpoint_minutes=0", "batch=4")
     seen: list[str] = []
 
-    def spy(*given: Any, **named: Any) -> Losses:
+    def look(_run: Training, batch: Batch) -> None:
         if len(seen) == 12 and shards.info().missing:
             raise InterruptedError
-        seen.extend(given[2]["clean"].keys)
-        return train_step(*given, **named)
+        seen.extend(batch["clean"].keys)
 
-    monkeypatch.setattr(loop, "train_step", spy)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    hooks = Hooks(before_step=look)
     with pytest.raises(InterruptedError):
-        train(settings, str(tmp_path / "student"))
+        train(settings, str(tmp_path / "student"), hooks)
     assert "was sealed without 1 of its shards" in capsys.readouterr().out
     for tar, data in zip(left_out, kept, strict=True):
         tar.write_bytes(data)
     shards.seal(replace(info, counts=None, manifest_sha256=None), (0, 1, 2))
     seen.clear()
-    train(settings, str(tmp_path / "student"))
+    train(settings, str(tmp_path / "student"), hooks)
     assert "sealed anew since the last checkpoint; the epoch begins again" in capsys.readouterr().err
     assert len(seen) == len(set(seen)) == 3 * PER_SHARD // 4 * 4

@@ -45,7 +45,8 @@ def test_what_does_not_fit_is_a_user_error(take: Callable[[int], object]) -> Non
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from trainer import compare, loop
+from trainer import loop
+from trainer.evaluation.kept import evaluate_run
 from trainer.checkpoint import StudentDir
 from trainer.recipe import load
 
@@ -99,7 +100,7 @@ def test_a_student_that_cannot_be_scored_for_memory_is_a_user_error(tiny_run: Pa
     """
     data = tmp_path / "data"
     settings = ["student=test_resnet", "input=256", f"validation={write_image_set(data / 'val', images=250)}"]
-    program = "leave(800); loop.train(recipe, out); compare.evaluate_run(StudentDir(out), Path(data))"
+    program = "leave(800); loop.train(recipe, out); evaluate_run(StudentDir(out), Path(data))"
     said = run_out_of_memory(program, tiny_run, data, tmp_path / "student", *settings)
     assert said.startswith(
         "manifests.errors.UserError: the student does not fit into memory to be scored; free some"

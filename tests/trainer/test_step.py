@@ -10,7 +10,7 @@ from torch import nn
 
 from shards import Batch, TrainingReader
 from trainer.recipe import Recipe, load
-from trainer.step import forward_halves, split_batch, train_step
+from trainer.step import Learner, split_batch, student_logits, train_step
 from trainer.student import Student, create_student
 
 from .conftest import CLASSES, SIDE
@@ -29,9 +29,8 @@ def stepped(
     student: nn.Module, batch: Batch, settings: Recipe, totals: dict[str, int]
 ) -> tuple[nn.Module, dict[str, float]]:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    losses = train_step(
-        student, optimizer, batch, settings, totals=totals, rate=0.1, step=3, device=torch.device("cpu"), bf16=False
-    )  # fmt: skip
+    learner = Learner(student, student, optimizer, torch.device("cpu"), bf16=False)
+    losses = train_step(learner, batch, settings, totals=totals, rate=0.1, step=3)
     return student, {name: value.item() for name, value in losses.items()}
 
 
@@ -75,7 +74,8 @@ def test_batch_norm_sees_what_the_recipe_says(how: str) -> None:
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(8, 3, 4, 4, generator=generator)
     dad = torch.rand(4, 3, 4, 4, generator=generator) + 5
-    outputs = forward_halves(norm, [clean, dad], how)
+    learner = Learner(norm, norm, torch.optim.SGD(norm.parameters()), torch.device("cpu"), bf16=False)
+    outputs = student_logits(learner, how, clean, dad)
     means = [half.mean((0, 2, 3)) for half in (clean, dad)]
     if how == "joint":
         mean = torch.cat([clean, dad]).mean((0, 2, 3))

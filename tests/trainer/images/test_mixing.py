@@ -1,4 +1,4 @@
-"""Mixup and CutMix: pixels and labels are blended by the same lambda, written out by hand; partners stay within their own half."""
+"""Mixup and CutMix blend pixels and labels by the same lambda, written out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from shards import seeded_generator
 from trainer.images.mixing import Mixing, draw_mixing, mix_images
-from trainer.methods.losses import distillation_kl, plain_loss, student_loss
+from trainer.methods.losses import cross_entropy, distillation_kl, targets
+from trainer.methods.method import Images
 
 SIDE = 16
 BOTH = {"mixup": 0.4, "cutmix": 1.0}
@@ -23,6 +24,11 @@ def draw(batch: int = 64, *, seed: int = 0, **alphas: float) -> Mixing:
 
 def by_hand(weight: list[float], partner: list[int], box: list[list[int]] | None = None) -> Mixing:
     return Mixing(torch.tensor(partner), torch.tensor(weight), torch.tensor(box or [[0, 0, 0, 0]] * len(weight)))
+
+
+def mixed_images(mixing: Mixing | None, labels: list[int]) -> Images:
+    classes = torch.zeros(len(labels), 3)
+    return Images(x=torch.zeros(len(labels), 3, 1, 1), labels=torch.tensor(labels), logits=classes, mixing=mixing)
 
 
 def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
@@ -39,7 +45,7 @@ def test_mixup_of_images_is_the_weighted_mean() -> None:
 
 
 def test_cutmix_pastes_one_window_whose_area_is_one_minus_lambda() -> None:
-    """Images of one value each: every pixel is the image's own or its partner's, the partner's form a rectangle, and they are counted."""
+    """Images of one value each: every pixel is the image's own or its partner's; the partner's form a rectangle."""
     images = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE)
     mixing = draw(cutmix=1.0)
     mixed = mix_images(images, mixing)
@@ -90,8 +96,9 @@ def test_mixed_soft_labels_are_the_mixture_of_softened_probabilities(temperature
         )
         p = [weight * a + (1 - weight) * b for a, b in zip(own, other, strict=True)]
         expected += temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
-    loss = distillation_kl(torch.tensor(student), torch.tensor(teacher), temperature, by_hand(weights, partners))
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    images = mixed_images(by_hand(weights, partners), [0, 0])
+    term = distillation_kl(torch.tensor(student), torch.tensor(teacher), images, temperature)
+    assert term.mean({"clean": 2}).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -102,32 +109,21 @@ def test_mixed_hard_labels_are_the_mixture_of_smoothed_one_hots(smoothing: float
         for k, q in enumerate(softmax(logits[i])):
             own, other = ((1 - smoothing) * (labels[n] == k) + smoothing / 3 for n in (i, j))
             expected -= (weight * own + (1 - weight) * other) * math.log(q) / 2
-    loss = plain_loss(
-        torch.tensor(logits), torch.tensor(labels), smoothing=smoothing, mixing=by_hand(weights, partners)
-    )
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    images = mixed_images(by_hand(weights, partners), labels)
+    term = cross_entropy(torch.tensor(logits), images, smoothing)
+    assert term.mean({"clean": 2}).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_lambda_zero_and_one_are_one_of_the_two(weight: float) -> None:
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
-    partner = [1, 2, 3, 0]
-    loss = distillation_kl(student, teacher, 4.0, by_hand([weight] * 4, partner))
-    torch.testing.assert_close(loss, distillation_kl(student, teacher if weight else teacher[partner], 4.0))
+    partner, labels = [1, 2, 3, 0], [0, 1, 2, 0]
+    loss = distillation_kl(student, teacher, mixed_images(by_hand([weight] * 4, partner), labels), 4.0)
+    alone = distillation_kl(student, teacher if weight else teacher[partner], mixed_images(None, labels), 4.0)
+    torch.testing.assert_close(loss.values, alone.values)
 
 
-def test_each_half_is_mixed_by_its_own_partners() -> None:
-    """eq. 9 with mixing: the DAD half's term does not know the clean half's partners."""
-    outputs, teacher = ([torch.randn(n, 5) for n in (6, 4)] for _ in range(2))
-    labels = torch.arange(6) % 5
-    mixing = [draw(6, seed=1, **BOTH), draw(4, seed=2, **BOTH)]
-    loss, terms = student_loss(
-        "dad", labels, outputs, teacher, temperature=4.0, weight=0.5, smoothing=0.1, mixing=mixing
-    )
-    expected = (
-        plain_loss(outputs[0], labels, smoothing=0.1, mixing=mixing[0])
-        + 0.5 * distillation_kl(outputs[0], teacher[0], 4.0, mixing[0])
-        + 0.5 * distillation_kl(outputs[1], teacher[1], 4.0, mixing[1])
-    )
-    torch.testing.assert_close(loss, expected)
-    assert set(terms) == {"ce", "kl_clean", "kl_dad"}
+def test_an_attack_on_mixed_images_aims_at_the_mixture_of_their_labels() -> None:
+    mixing = by_hand([0.7, 0.2, 1.0], [1, 0, 2])
+    expected = torch.tensor([[0.0, 0.3, 0.7], [0.0, 0.2, 0.8], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(targets(mixed_images(mixing, [2, 1, 0]), 3), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,36 +17,37 @@ from click.testing import CliRunner
 from shards import TrainingReader
 from trainer.ledger import ledger
 from trainer.ledger.cost import main
-from trainer.ledger.ledger import PAPER, Models, Timing, clock, schemes, table, totals_of, whole_bursts
-from trainer.methods.attacks import no_discretizer
+from trainer.ledger.ledger import Models, Timing, clock, create_learner, ledger_lines, table, whole_bursts
+from trainer.methods import NAMES
+from trainer.methods.frozen import without_gradient
 from trainer.recipe import load
 from trainer.run import open_reader
-from trainer.step import split_batch
+from trainer.step import train_step
 from trainer.student import create_student
 
 from ..conftest import CLASSES, SIDE
 
-ROWS = ("plain", "KD from shards", "DAD from shards", "KD, live teacher", "DAD, live teacher", "Fast AdvProp-1", *PAPER)
+ROWS = (*NAMES, "advprop, 1 step")
 
 
 def test_ratios_are_taken_within_a_turn() -> None:
     """A machine that becomes ten times slower after the first turn does not change them."""
     timings = {
         "plain": [Timing(0.010, 0.0), Timing(0.100, 0.5)],
-        "DAD from shards": [Timing(0.015, 0.0), Timing(0.150, 0.02)],
-        "DAD, live teacher": [Timing(0.060, 0.0), Timing(0.600, 0.0)],
+        "dad": [Timing(0.015, 0.0), Timing(0.150, 0.02)],
+        "dad_live": [Timing(0.060, 0.0), Timing(0.600, 0.0)],
     }
-    told = table(timings, [0.040, 0.400], epochs=8)
-    assert "| DAD from shards | 82.50 | 1.50 [1.50, 1.50] | 2 | 1.0% |" in told
-    assert "| DAD, live teacher | 330.00 | 6.00 [6.00, 6.00] |  | 0.0% |" in told
-    assert "DAD from shards: 1.50 x plain (goal: 2.0), 0.25 of the scheme with a live teacher" in told
+    told = table(timings, [0.040, 0.400], load("demo", ["epochs=8"]), 0.6)
+    assert "| dad | 82.50 | 1.50 [1.50, 1.50] | 1.6 training | 2 | 1.0% |" in told
+    assert "| dad_live | 330.00 | 6.00 [6.00, 6.00] | 1.6 training, 2 teacher |  | 0.0% |" in told
+    assert "DAD from shards: 1.50 x plain (goal: 2.0), 0.25 of DAD with a live teacher" in told
     assert "220.0 ms per clean image, or 4.00 epochs of plain training" in told
     # 1.5 + 4 epochs of making / 8 epochs of training / students
     assert "2.00 with 1, 1.75 with 2, 1.60 with 5, 1.55 with 10" in told
 
 
 def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five batches of four clean images; the first two are slow to come, the others take 1 second to come and 3 to train on."""
+    """Five batches of four clean images. The first two come late; the others take 1 second to come and 3 to train on."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -67,8 +69,8 @@ def test_workers_deliver_in_bursts_and_whole_ones_are_timed(steps: int, workers:
     assert whole_bursts(steps, workers) == timed
 
 
-def test_no_scheme_reads_what_another_has_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever came second would find the samples in memory. Each turn begins with another scheme."""
+def test_no_method_reads_what_another_has_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever came second would find the samples in memory. Each turn begins with another method."""
     asked: list[int] = []
     begun: list[str] = []
     read = TrainingReader.batches
@@ -84,7 +86,7 @@ def test_no_scheme_reads_what_another_has_read(tiny_run: Path, monkeypatch: pyte
 
     monkeypatch.setattr(TrainingReader, "batches", batches)
     monkeypatch.setattr(ledger, "clock", note)
-    models = Models(torch.nn.Identity(), no_discretizer, lambda _x, _y: None)
+    models = Models({}, lambda _x, _y: None)
     settings = load("demo", [f"shards={tiny_run}", "batch=10", "student=test_vit", "threads=1"])
     timings, generation = ledger.measure(settings, models, torch.device("cpu"), steps=1, repeats=3)
     assert len(asked) == len(set(asked)) == 3 * len(timings) and len(generation) == 3
@@ -94,7 +96,7 @@ def test_no_scheme_reads_what_another_has_read(tiny_run: Path, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize("models", ["run", "random"])
 def test_the_whole_ledger_on_small_models(finished_run: Path, models: str) -> None:
-    """Every scheme trains on a real run, with the models that made it, or with untrained ones of full size."""
+    """Every method trains on a real run, with the models that made it, or with untrained ones of full size."""
     options = [
         "--recipe",
         "demo",
@@ -156,22 +158,35 @@ def test_parts_too_small_for_fast_advprop_are_a_user_error(finished_run: Path) -
         "accumulate=4",
     ]
     result = CliRunner().invoke(main, options)
-    assert (
-        result.exit_code == 2 and "batch: 20 in 4 parts; " in result.output and "set it to 40 or more" in result.output
+    assert result.exit_code == 2 and "batch: 20: fast_advprop needs 10 clean images at a time" in result.output
+    assert "set it to 40 or more" in result.output
+
+
+def test_the_ledger_knows_every_method_and_what_the_recipe_shares() -> None:
+    """Plain training first, the registry's order; the recipe's temperature and weight where a method has them."""
+    shared = ["method.temperature=2", "method.weight=0.3", "method.smoothing=0.1"]
+    lines = ledger_lines(load("demo", shared))
+    assert [line.name for line in lines if line.name in NAMES] == list(NAMES) and {line.name for line in lines} == set(
+        ROWS
     )
+    for line in lines:
+        given = {name: getattr(line.method, name) for name in ("temperature", "weight") if hasattr(line.method, name)}
+        assert given in ({}, {"temperature": 2.0, "weight": 0.3}), line.name
 
 
 def test_parts_of_a_batch_cost_and_train_as_the_whole(tiny_run: Path) -> None:
-    """Stored and live schemes: the losses of the parts add up to that of the batch."""
+    """Stored and live teachers, by the trainer's own step: the losses of the parts add up to that of the batch."""
     torch.manual_seed(0)
-    student, teacher = (create_student("test_vit", CLASSES, SIDE) for _ in range(2))
-    models = Models(teacher, no_discretizer, lambda _x, _y: None)
-    settings = load("demo", [f"shards={tiny_run}", "batch=12"])
-    batch = next(open_reader(settings, "dad").batches(0))
-    totals = totals_of(batch)
-    lines = {scheme.name: scheme for scheme in schemes(settings, student, student, models, torch.device("cpu"))}
-    for name in ("plain", "KD from shards", "DAD from shards", "KD, live teacher"):
-        whole = lines[name].loss(batch, totals).item()
-        assert sum(lines[name].loss(part, totals).item() for part in split_batch(batch, 3)) == pytest.approx(
-            whole, rel=1e-5
-        )
+    models = Models({"teacher": without_gradient(create_student("test_vit", CLASSES, SIDE))}, lambda _x, _y: None)
+    settings = load("demo", [f"shards={tiny_run}", "batch=12", "student=test_vit", "precision=fp32"])
+    for line in ledger_lines(settings):
+        if line.name not in ("plain", "kd", "dad", "kd_live"):
+            continue
+        whole = replace(settings, method=line.method)
+        batch = next(open_reader(whole).batches(0))
+        totals = {stream: len(some.keys) for stream, some in batch.items()}
+        losses = []
+        for recipe in (whole, replace(whole, accumulate=3)):
+            learner = create_learner(recipe, CLASSES, SIDE, 1, models, torch.device("cpu"), bf16=False)
+            losses.append(train_step(learner, batch, recipe, totals=totals, rate=0.1, step=0)["loss"].item())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), line.name

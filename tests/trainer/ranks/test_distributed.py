@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import signal
@@ -19,14 +20,12 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from trainer import loop
 from trainer.checkpoint import LAST, METRICS, StudentDir
 from trainer.evaluation.score import score_set
 from trainer.evaluation.sets import image_set
-from trainer.loop import train
+from trainer.loop import Hooks, train
 from trainer.recipe import load
 from trainer.run import open_reader
-from trainer.step import Losses, train_step
 
 from ...chaos.slurm_cluster import slurm, why_not
 from ..conftest import NAMES, SIDE, write_image_set, write_run
@@ -145,9 +144,7 @@ def test_two_ranks_learn_what_one_does(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_another_number_of_ranks(
-    tiny_run: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_over_another_number_of_ranks(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Stopped in the middle of its first epoch on one rank, gone on with on two: the weights of a run on one, up to rounding."""
     base = [
         f"shards={tiny_run}",
@@ -162,14 +159,12 @@ def test_a_run_goes_on_over_another_number_of_ranks(
     train(recipe, str(tmp_path / "whole"))
     steps = iter(range(4))
 
-    def stop(*given: Any, **named: Any) -> Losses:
+    def stop(*_: Any) -> None:
         if next(steps, None) is None:
             raise InterruptedError
-        return train_step(*given, **named)
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(loop, "train_step", stop)
-        train(recipe, str(tmp_path / "moved"))
+    with pytest.raises(InterruptedError):
+        train(recipe, str(tmp_path / "moved"), Hooks(before_step=stop))
     stopped = StudentDir(tmp_path / "moved").load_last()
     assert stopped is not None and (stopped["progress"]["epoch"], stopped["progress"]["step"]) == (0, 4)
     assert told(ranks(2, *command(tiny_run, tmp_path / "moved", *base, *settings))) == ([0, 0], [])
@@ -189,12 +184,12 @@ def test_every_sample_once_over_ranks(tmp_path: Path, ranks: Ranks, world: int) 
     overrides = [f"shards={run}", "batch=7", "workers=1"]
     program = f"""
 import json
-from trainer import distributed
+from trainer.ranks import distributed
 from trainer.run import open_reader
 from trainer.recipe import load
 with distributed.joined():
     distributed.start("cpu")
-    reader = open_reader(load("demo", {overrides}), "dad")
+    reader = open_reader(load("demo", {overrides}))
     mine = [{{name: half.keys for name, half in batch.items()}} for batch in reader.batches(1, workers=1)]
     read = distributed.gather(mine)
     if distributed.is_first():
@@ -203,7 +198,7 @@ with distributed.joined():
     job = ranks(world, "-c", program)
     read = json.loads(job[0].communicate(timeout=120)[0])
     assert told(job[1:]) == ([0] * (world - 1), [])
-    alone = list(open_reader(load("demo", overrides), "dad").batches(1))
+    alone = list(open_reader(load("demo", overrides)).batches(1))
     assert [len(steps) for steps in read] == [len(alone)] * world == [7] * world
     for stream in ("clean", "dad"):
         keys = [[key for mine in read for key in mine[step][stream]] for step in range(len(alone))]
@@ -298,20 +293,28 @@ def test_one_rank_told_to_stop_stops_all_with_a_checkpoint(tiny_run: Path, tmp_p
 
 def test_a_job_that_is_told_to_stop_waits_for_its_checkpoint(tiny_run: Path, tmp_path: Path, ranks: Ranks) -> None:
     """Rank 0 takes four seconds to write it; rank 1, done long before, does not end the job meanwhile."""
+    given = command(tiny_run, tmp_path, "epochs=1000", "checkpoint_minutes=1000")
+    overrides = [override for flag, override in itertools.pairwise(given) if flag == "--set"]
     program = f"""
 import os, signal, time
-from trainer import __main__, checkpoint, distributed, loop
-save, train_step = checkpoint.StudentDir.save_last, loop.train_step
-def slow(*given):
-    time.sleep(4)
-    save(*given)
-def step(*given, **named):
-    if named["step"] == 2 and distributed.rank() == 0:
-        checkpoint.StudentDir.save_last = slow
+import click
+from manifests.command import ProjectGroup
+from trainer.loop import Hooks, train
+from trainer.ranks import distributed
+from trainer.recipe import load
+def stop(run, batch):
+    if run.steps_done == 2 and distributed.is_first():
         os.kill(os.getpid(), signal.SIGTERM)
-    return train_step(*given, **named)
-loop.train_step = step
-__main__.main({command(tiny_run, tmp_path, "epochs=1000", "checkpoint_minutes=1000")[2:]!r})
+def slow(run):
+    if run.steps_done > 2 and distributed.is_first():
+        time.sleep(4)
+@click.group(cls=ProjectGroup)
+def main(): pass
+@main.command()
+def go():
+    with distributed.joined():
+        train(load("demo", {overrides}), {str(tmp_path)!r}, Hooks(before_step=stop, before_save=slow))
+main(["go"])
 """
     processes = ranks(2, "-c", program)
     statuses, lines = told(processes)
@@ -324,7 +327,7 @@ __main__.main({command(tiny_run, tmp_path, "epochs=1000", "checkpoint_minutes=10
 def test_a_frozen_rank_is_noticed(tiny_run: Path, tmp_path: Path, ranks: Ranks, frozen: list[int], agent: bool) -> None:
     """As on a machine that has lost its network, no connection breaks; whoever (agent: torchrun) holds the store of the ranks."""
     arguments = command(tiny_run, tmp_path / "student", "epochs=100000")[2:]
-    program = f"from trainer import __main__, watch; watch.SILENCE, watch.DEAF = 4, 6; __main__.main({arguments!r})"
+    program = f"from trainer import __main__; from trainer.ranks import watch; watch.SILENCE, watch.DEAF = 4, 6; __main__.main({arguments!r})"
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if agent:
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(server.port)}
@@ -351,7 +354,7 @@ def test_a_rank_that_waits_for_the_others_can_be_ended(
         "MASTER_PORT": str(free_port()),
     }
     arguments = command(tiny_run, tmp_path / "student")[2:]
-    program = f"from trainer import distributed, __main__; print('coming', flush=True); __main__.main({arguments!r})"
+    program = f"from trainer import __main__; print('coming', flush=True); __main__.main({arguments!r})"
     waiting = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=PROJECT,
@@ -416,7 +419,7 @@ def test_a_distributed_error_of_living_ranks_says_why(ranks: Ranks) -> None:
     """Nobody is missing, so that the error itself is all there is to go by: here, word that never comes."""
     program = """
 from datetime import timedelta
-from trainer import distributed
+from trainer.ranks import distributed
 with distributed.joined():
     distributed.start("cpu")
     distributed._watch.group_store.wait(["never"], timedelta(seconds=1))

@@ -31,8 +31,8 @@ class Constant(nn.Module):
 def _results() -> list[Result]:
     rights = {("plain", 0): 40, ("plain", 1): 50, ("plain", 2): 45, ("dad", 0): 60, ("dad", 1): 66, ("dad", 2): 69}
     return [
-        Result(student="resnet18", objective=objective, seed=seed, scores={"val": Score(right=right, images=100)})
-        for (objective, seed), right in rights.items()
+        Result(student="resnet18", method=method, seed=seed, scores={"val": Score(right=right, images=100)})
+        for (method, seed), right in rights.items()
     ]
 
 
@@ -48,7 +48,7 @@ def test_top1_counts_and_binomial_error(tmp_path: Path) -> None:
 
 
 def test_mean_and_standard_error_between_seeds() -> None:
-    cell = summarize([r for r in _results() if r.objective == "plain"], "val")
+    cell = summarize([r for r in _results() if r.method == "plain"], "val")
     assert (cell.mean, cell.count) == (45.0, 3)
     assert cell.error == pytest.approx(5 / math.sqrt(3))
 
@@ -80,7 +80,7 @@ def test_missing_sets_are_named(tmp_path: Path) -> None:
 def test_runs_of_different_recipes_are_not_seeds_of_one() -> None:
     score = {"val": Score(right=50, images=100)}
     runs = [
-        Result(student="resnet18", objective="dad", seed=seed, scores=score, recipe=recipe)
+        Result(student="resnet18", method="dad", seed=seed, scores=score, recipe=recipe)
         for seed in (0, 1)
         for recipe in "ab"
     ]
@@ -94,7 +94,7 @@ def test_reference_rows_join_only_the_same_image_sets(monkeypatch: pytest.Monkey
     reference = tmp_path / "demo-table.json"
     reference.write_text(to_json(_results()))
     monkeypatch.setattr(results, "REFERENCE", reference)
-    mine = Result(student="resnet18", objective="dad", seed=0, scores={"val": Score(right=1, images=100)})
-    assert [r.objective for r in results.with_reference([mine]) if r.reference] == ["plain"] * 3
-    other = Result(student="resnet18", objective="dad", seed=0, scores={"val": Score(right=1, images=99)})
+    mine = Result(student="resnet18", method="dad", seed=0, scores={"val": Score(right=1, images=100)})
+    assert [r.method for r in results.with_reference([mine]) if r.reference] == ["plain"] * 3
+    other = Result(student="resnet18", method="dad", seed=0, scores={"val": Score(right=1, images=99)})
     assert results.with_reference([other]) == [other]
