@@ -12,11 +12,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +30,7 @@ from manifests.signals import SIGNALS
 
 from .chaos.faulty_store import FaultyProxy, faulty_store
 from .hub import write_hub  # noqa: F401  # a fixture
-
-ROOT = Path(__file__).resolve().parents[1]
+from .processes import launch, run
 
 torch.set_num_threads(1)
 
@@ -330,18 +329,14 @@ def cli() -> Callable[..., Told]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """``python -m pipeline ARGS`` as a real process, ended with the test."""
+    """``python -m pipeline ARGS`` as a real process, ended with the test; options as `tests.processes.launch` has them."""
     processes: list[subprocess.Popen[str]] = []
 
-    def launch(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-        )  # type: ignore[call-overload]
-        processes.append(process)
-        return process
+    def begin(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+        processes.append(launch("-m", "pipeline", *arguments, **options))
+        return processes[-1]
 
-    yield launch
+    yield begin
     for process in processes:
         if process.poll() is None:
             process.kill()
@@ -350,15 +345,14 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a Python program in a fresh interpreter at the project's root."""
+    """Run a Python program in a fresh interpreter at the project's root. Where imports are not the matter, take `forked`."""
+    return lambda program, *arguments, **env: run("-c", program, *arguments, env=os.environ | env, fresh=True)
 
-    def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
 
-    return run
+@pytest.fixture
+def forked() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a Python program in a process that has the libraries loaded, at the project's root."""
+    return lambda program, *arguments, **env: run("-c", program, *arguments, env=os.environ | env)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 Most of the time of a short ``python -m trainer`` goes into importing its libraries. A server imports them once and
 forks for every process that a test asks for. A forked process goes on as the main program of its interpreter, and ends
-as every interpreter does: exit statuses, stack traces, `atexit` and joined threads are Python's own. `Forked` looks like
-`subprocess.Popen` from outside. A test about starting itself, or about which modules are loaded, takes ``fresh=True``.
+as every interpreter does: exit statuses, stack traces, `atexit` and joined threads are Python's own. `Forked` looks
+like `subprocess.Popen` from outside. A test about starting, or about which modules are loaded, takes ``fresh=True``.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import functools
@@ -164,7 +165,7 @@ _starting = threading.Lock()
 
 
 def server() -> socket.socket:
-    """The connection to this process's server. The first call starts it; it ends when this end of the connection closes."""
+    """The connection to this process's server. The first call starts it; it ends when this end closes."""
     with _starting:
         return _start_server(os.getpid())
 
@@ -174,7 +175,7 @@ def _start_server(_pid: int) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         theirs.set_inheritable(True)
-        subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", f"from tests.processes import serve; serve({theirs.fileno()})"],
             cwd=ROOT,
             env=os.environ | ONE_THREAD,
@@ -182,6 +183,12 @@ def _start_server(_pid: int) -> socket.socket:
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # Ctrl-C in the terminal ends pytest, and the server with it
         )
+
+    @atexit.register
+    def end() -> None:
+        ours.close()
+        process.wait()
+
     return ours
 
 
@@ -219,7 +226,7 @@ def serve(channel: int) -> None:
 
 
 def preload() -> None:
-    """Import what commands need. No thread of Python's may run afterwards: a lock it holds would stay taken in every fork."""
+    """Import what commands need. No thread may run afterwards: a lock that it holds would stay taken in every fork."""
     for name in (*LIBRARIES, *ROOMS):
         with contextlib.suppress(ImportError):  # an optional one
             importlib.import_module(name)

@@ -221,13 +221,13 @@ warnings.warn("of somebody else")
 """
 
 
-def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """PIL's remarks on a broken EXIF are not shown; those of others are, also after many threads have decoded."""
     five_entries = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # of which none follows
     (tmp_path / "odd.jpg").write_bytes(encode(quarters(), "JPEG", exif=five_entries))
     with pytest.warns(UserWarning, match="EXIF"):
         load_canvas((tmp_path / "odd.jpg").read_bytes(), 32)
-    told = python(REMARKS, tmp_path / "odd.jpg")
+    told = forked(REMARKS, tmp_path / "odd.jpg")
     assert told.returncode == 0, told.stderr
     assert "of somebody else" in told.stderr and "EXIF" not in told.stderr
 
@@ -267,25 +267,25 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (2_000_000_000, 2)])
-def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, forked: Callable[..., Any]) -> None:
     """A small file that claims billions of pixels is a BadImage; with 400 MB of address space left nothing else happens."""
     (tmp_path / "giant.png").write_bytes(
         png_of(width, 1)[:33].replace(struct.pack(">II", width, 1), struct.pack(">II", width, height))
     )
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
-    told = python(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
+    told = forked(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
     assert told.stdout.startswith("bad unreadable image"), told
 
 
-def test_a_long_thin_image_costs_nothing(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_a_long_thin_image_costs_nothing(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """2 x 4,000,000 pixels are few, but scaled to the canvas before cropping they would be 6 GB: it must be cropped first, or refused."""
     (tmp_path / "thin.png").write_bytes(png_of(4_000_000, 2))
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
-    told = python(LIMITED, tmp_path / "thin.png", tmp_path / "good.png")
+    told = forked(LIMITED, tmp_path / "thin.png", tmp_path / "good.png")
     assert told.returncode == 0 and told.stdout.startswith(("bad", "canvas")), told.stderr[-300:]
 
 
-def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_no_program_is_run_for_an_image(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """An EPS file named .jpg must not reach Ghostscript, or whatever is called gs here: images are data."""
     marker = tmp_path / "ran"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
@@ -297,5 +297,5 @@ def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., An
     program = "import sys; from shards.canvas import *\ntry: load_canvas(open(sys.argv[1], 'rb').read(), 32)\nexcept BadImage: print('bad')"
     import os
 
-    told = python(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    told = forked(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert not marker.exists() and told.stdout == "bad\n", told.stderr[-300:]

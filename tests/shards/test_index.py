@@ -62,11 +62,11 @@ print(kept_table("shared", make).column("n").to_pylist(), Path(sys.argv[2]).stat
 """
 
 
-def test_processes_that_find_no_index_make_it_once(tmp_path: Path, python: Callable[..., object]) -> None:
+def test_processes_that_find_no_index_make_it_once(tmp_path: Path, forked: Callable[..., object]) -> None:
     """Nobody puts another file in the place of one that is whole: on a shared disk, that would pull it from under those who read it."""
     arguments = (KEEPER, tmp_path / "made", tmp_path / "indexes" / "shared.arrow")
     with ThreadPoolExecutor(3) as pool:
-        told = list(pool.map(lambda _: python(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
+        told = list(pool.map(lambda _: forked(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
     assert len(set(told)) == 1 and told[0].startswith("[1, 2, 3]") and (tmp_path / "made").read_text() == "made\n"
 
 

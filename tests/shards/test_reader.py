@@ -267,10 +267,10 @@ def test_images_are_channels_last(plain_run: Path) -> None:
     assert half.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_bench_prints_all_four(python: Callable[..., object]) -> None:
+def test_bench_prints_all_four(forked: Callable[..., object]) -> None:
     """`python -m shards bench` on a tiny set: four ways, each with its ratio to the bare loop."""
     program = "import sys; from shards.__main__ import main; main(sys.argv[1:])"
-    told = python(
+    told = forked(
         program, "bench", "--images", "256", "--shards", "2", "--workers", "0,1", "--repeats", "1", "--samples", "2000"
     )
     lines = told.stdout.splitlines()  # type: ignore[attr-defined]
