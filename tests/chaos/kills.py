@@ -75,7 +75,7 @@ def kill_in_parquet(world: World, out: Path, rng: random.Random) -> bool:
 
 
 def kill_worker(world: World, out: Path, rng: random.Random) -> bool:
-    """One of two workers that holds a claim; half of the time the command too, a moment later: no worker may survive it."""
+    """One of two workers that holds a claim. Half of the time the command dies too: no worker may survive it."""
     command = [
         "-m",
         "pipeline",
@@ -116,7 +116,7 @@ KILLS: dict[str, Kill] = {
 
 
 def _run_with_a_trap(recipe: Recipe, out: Path, module: Any, name: str, count: int, *, after: bool) -> bool:
-    """Run the command in a fork that kills itself at the ``count``-th call of ``module.name``, before or after it is done."""
+    """Run the command in a fork that kills itself before or after the ``count``-th call of ``module.name``."""
 
     def run() -> None:
         calls = 0

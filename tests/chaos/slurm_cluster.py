@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this one machine: Debian's slurm-wlm and munge, started by hand below a folder, ended with it.
+"""A real Slurm of two nodes on one machine: Debian's slurm-wlm and munge, started and ended below a folder.
 
 ``python -m tests.chaos.slurm_cluster`` installs the packages (apt-get, as root) where they are missing.
 """
