@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..patience import wait_for
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 
 # proctrack/linuxproc, task/none and no accounting: works without cgroups and without a database, in a container too.
@@ -108,12 +110,11 @@ def slurm(folder: Path) -> Iterator[None]:
 
 
 def _wait_until_idle() -> None:
-    for _ in range(60):
+    def idle() -> bool:
         told = subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, check=False)
-        if told.stdout.split() == ["idle"]:
-            return
-        time.sleep(0.5)
-    raise RuntimeError(f"Slurm's nodes do not come up: {told.stdout}{told.stderr}")
+        return told.stdout.split() == ["idle"]
+
+    wait_for(idle, pause=0.5)
 
 
 def _find(program: str) -> str | None:
