@@ -12,10 +12,10 @@ from shards.__main__ import main
 from shards.benchmark import BareTars, write_run
 
 
-def test_bench_prints_all_four(python: Callable[..., object]) -> None:
+def test_bench_prints_all_four(forked: Callable[..., object]) -> None:
     """A tiny set shows all four ways, each with its ratio to the bare loop."""
     program = "import sys; from shards.__main__ import main; main(sys.argv[1:])"
-    result = python(
+    result = forked(
         program, "bench", "--images", "256", "--shards", "2", "--workers", "0,1", "--repeats", "1", "--samples", "2000"
     )
     lines = result.stdout.splitlines()  # type: ignore[attr-defined]

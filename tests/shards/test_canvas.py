@@ -222,13 +222,13 @@ warnings.warn("of somebody else")
 """
 
 
-def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """PIL's remarks on broken EXIF stay silent; other warnings appear, even after many threads have decoded."""
     five_entries = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # claims five entries; none follows
     (tmp_path / "odd.jpg").write_bytes(encode(quarters(), "JPEG", exif=five_entries))
     with pytest.warns(UserWarning, match="EXIF"):
         load_canvas((tmp_path / "odd.jpg").read_bytes(), 32)
-    result = python(REMARKS, tmp_path / "odd.jpg")
+    result = forked(REMARKS, tmp_path / "odd.jpg")
     assert result.returncode == 0, result.stderr
     assert "of somebody else" in result.stderr and "EXIF" not in result.stderr
 
@@ -268,25 +268,25 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (2_000_000_000, 2)])
-def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, forked: Callable[..., Any]) -> None:
     """A small file that claims billions of pixels is a BadImage, even with only 400 MB of address space left."""
     (tmp_path / "giant.png").write_bytes(
         png_of(width, 1)[:33].replace(struct.pack(">II", width, 1), struct.pack(">II", width, height))
     )
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
-    result = python(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
+    result = forked(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
     assert result.stdout.startswith("bad unreadable image"), result
 
 
-def test_a_long_thin_image_costs_nothing(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_a_long_thin_image_costs_nothing(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """2 x 4,000,000 pixels would take 6 GB if scaled before cropping: the image must be cropped first, or refused."""
     (tmp_path / "thin.png").write_bytes(png_of(4_000_000, 2))
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
-    result = python(LIMITED, tmp_path / "thin.png", tmp_path / "good.png")
+    result = forked(LIMITED, tmp_path / "thin.png", tmp_path / "good.png")
     assert result.returncode == 0 and result.stdout.startswith(("bad", "canvas")), result.stderr[-300:]
 
 
-def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_no_program_is_run_for_an_image(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """An EPS file named .jpg must not reach Ghostscript (a program gs): images are data."""
     marker = tmp_path / "ran"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
@@ -301,5 +301,5 @@ def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., An
     )
     import os
 
-    result = python(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    result = forked(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert not marker.exists() and result.stdout == "bad\n", result.stderr[-300:]

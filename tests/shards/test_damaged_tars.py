@@ -178,13 +178,13 @@ def test_extents_that_hold_no_sample(content: bytes) -> None:
         parse_sample(content, Extent(0, len(content), zlib.crc32(content)), "t.tar")
 
 
-def test_a_negative_size_does_not_hang(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_a_negative_size_does_not_hang(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """A member of size -512, which tar's base-256 numbers allow, must not make a reader step back for ever."""
     import subprocess
 
     (tmp_path / "t").write_bytes(header_with_size(b"\xff" * 10 + b"\xfe\x00"))
     try:
-        result = python(f"import resource; resource.setrlimit(resource.RLIMIT_CPU, (8, 8))\n{HANGS}", tmp_path / "t")
+        result = forked(f"import resource; resource.setrlimit(resource.RLIMIT_CPU, (8, 8))\n{HANGS}", tmp_path / "t")
     except subprocess.TimeoutExpired:
         pytest.fail("hangs")
     assert result.returncode == 0 and result.stdout.startswith("refused t.tar"), result

@@ -62,11 +62,11 @@ print(kept_table("shared", make).column("n").to_pylist(), Path(sys.argv[2]).stat
 """
 
 
-def test_processes_that_find_no_index_make_it_once(tmp_path: Path, python: Callable[..., object]) -> None:
+def test_processes_that_find_no_index_make_it_once(tmp_path: Path, forked: Callable[..., object]) -> None:
     """One process makes the index, the others use it: nobody replaces a whole file that others may have mapped."""
     arguments = (KEEPER, tmp_path / "made", tmp_path / "indexes" / "shared.arrow")
     with ThreadPoolExecutor(3) as pool:
-        result = list(pool.map(lambda _: python(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
+        result = list(pool.map(lambda _: forked(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
     assert len(set(result)) == 1 and result[0].startswith("[1, 2, 3]") and (tmp_path / "made").read_text() == "made\n"
 
 

@@ -173,9 +173,9 @@ print(store.names(""), store.read("x"), len(list(__import__("pathlib").Path(sys.
 """
 
 
-def test_a_limit_on_file_sizes(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_a_limit_on_file_sizes(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """A file larger than `ulimit -f` or the file system allows: an error, the old file whole, nothing left behind."""
-    told = python(LIMITED, tmp_path)
+    told = forked(LIMITED, tmp_path)
     assert told.stdout == "refused\n['x'] b'old' 1\n", told.stderr[-500:]
 
 

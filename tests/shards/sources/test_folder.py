@@ -18,6 +18,8 @@ from shards.sources import find_source
 from shards.sources.classes import ClassList, load_classes
 from shards.sources.folder import FolderPieces
 
+from ...patience import PATIENCE
+
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
 
 
@@ -56,7 +58,7 @@ class Meeting(MemoryFileSystem):
 
     protocol = "meeting"
     cachable = False
-    together = threading.Barrier(8, timeout=30)
+    together = threading.Barrier(8, timeout=PATIENCE)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
         self.together.wait()
