@@ -99,7 +99,7 @@ def make_recipe(cls: type[R], tree: Mapping[str, Any], where: str, overrides: Se
         recipe = pydantic.TypeAdapter(cls).validate_python(dict(tree))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(_path(tree, first["loc"]))
         got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
         place = "--set " if _comes_from(field, overrides) else f"{where}: "
         raise UserError(f"{place}{field}: {first['msg'][0].lower()}{first['msg'][1:]}{got}") from error
@@ -198,6 +198,18 @@ def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, 
             raise UserError(f"{place}: {field}.{TAG}: {tag!r} is not known{nearest(str(tag), names)}")
         if child := _member(members, value):
             _refuse_unknown(child, value, where, f"{field}.", overrides)
+
+
+def _path(tree: Any, location: Sequence[int | str]) -> Iterator[str]:
+    """The names of a field and its parents. pydantic adds the tags of unions and a word for keys of mappings."""
+    for part in location:
+        if part == "[key]" or (isinstance(tree, Mapping) and part not in tree and part == tree.get(TAG)):
+            continue
+        yield str(part)
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            tree = None
 
 
 def _comes_from(field: str, overrides: Sequence[str]) -> bool:

@@ -40,7 +40,7 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Calls on the way of a training run, on every rank; each does nothing by default. An exception raised in one ends training.
+    """Calls on the way of a training run, on every rank; by default they do nothing. An exception in one ends the run.
 
     `Training.steps_done` says where the run is.
     """
@@ -125,8 +125,8 @@ def train_epoch(run: Training, log: Log, bar: Any, hooks: Hooks) -> None:
             bar.update()
             if pace.leave:
                 break
-        # A stop may arrive while the epoch's last checkpoint is being written. All ranks wait here: one that exits early
-        # ends the job, and rank 0's write with it.
+        # A stop may arrive while the epoch's last checkpoint is being written. All ranks wait here: one that exits
+        # early ends the job, and rank 0's write with it.
         if distributed.any_rank(stop.asked):
             raise KeyboardInterrupt
 

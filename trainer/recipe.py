@@ -47,7 +47,7 @@ class Recipe:
     other, each normalised by statistics of its own; the running statistics, which count afterwards, follow both."""
     method: AnyMethod = DAD()
     """How the student learns: `name` and that method's own settings (`python -m trainer methods` lists them)."""
-    models: Annotated[dict[str, Any], Location] = Field(default_factory=dict)
+    models: Annotated[dict[Literal["teacher", "discretizer"], dict[str, Any]], Location] = Field(default_factory=dict)
     """Where the run's own teacher and discretizer lie on this machine, for methods that ask them in every step: fields of
     `teacher` and `discretizer` that are laid over those of run.json."""
     augmentation: Augmentation = Augmentation()

@@ -45,6 +45,32 @@ class Car:
     loud: bool = False
 
 
+@recipe_dataclass
+class Walk:
+    """A member of a union."""
+
+    name: Literal["walk"] = "walk"
+    shoes: str = "old"
+    map: Annotated[str | None, Location] = None
+
+
+@recipe_dataclass
+class Ride:
+    """Another, with fields of its own and one that both have."""
+
+    name: Literal["ride"] = "ride"
+    horses: Annotated[int, Field(ge=1)] = 1
+    shoes: str = "iron"
+
+
+@recipe_dataclass
+class Journey:
+    """A recipe with a union, whose member is told by its tag."""
+
+    way: Annotated[Walk | Ride, Field(discriminator="name")] = Walk()
+    stores: Annotated[dict[str, object], Location] = Field(default_factory=dict)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name, wheels in (("city", 4), ("truck", 8)):
@@ -234,3 +260,54 @@ def test_the_recipes_that_come_with_the_project_load() -> None:
     assert "demo" in names
     for name in names:
         load(name)
+
+
+@pytest.mark.parametrize(
+    ("tree", "made"),
+    [
+        ({}, Journey()),
+        ({"way": {"name": "walk", "shoes": "new"}}, Journey(way=Walk(shoes="new"))),
+        ({"way": {"name": "ride", "horses": 2}}, Journey(way=Ride(horses=2))),
+        ({"way": {"name": "ride"}}, Journey(way=Ride())),
+    ],
+)
+def test_the_tag_chooses_the_member_of_a_union(tree: dict[str, object], made: Journey) -> None:
+    """Its defaults are its own, and it comes back from its tree."""
+    assert make_recipe(Journey, tree, "here") == made
+    assert make_recipe(Journey, as_tree(made), "here") == made
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ({"name": "wlak"}, r"way\.name: 'wlak' is not known; did you mean 'walk'\?"),
+        ({"name": "fly"}, r"way\.name: 'fly' is not known; known: ride, walk"),
+        ({"name": None}, r"way: has no name; give one of walk, ride"),
+        ({"shoes": "new"}, r"way: has no name; give one of walk, ride"),
+        ({}, r"way: has no name; give one of walk, ride"),
+        ({"name": ["walk"]}, r"way\.name: \['walk'\] is not known"),
+        ({"name": "ride", "map": "x"}, r"unknown field 'way\.map'; known: horses, name, shoes"),
+        ({"name": "walk", "horses": 1}, r"unknown field 'way\.horses'; "),
+        ({"name": "ride", "hroses": 1}, r"unknown field 'way\.hroses'; did you mean 'horses'"),
+        ({"name": "ride", "horses": 0}, r"way\.horses: .*greater than or equal to 1 \(got 0\)"),
+        ("walk", r"way: .*\(got 'walk'\)"),
+        (None, r"way: "),
+    ],
+)
+def test_what_does_not_fit_a_union_is_refused(way: object, message: str) -> None:
+    """In one line; the fields that are known are those of the member that the tag names."""
+    with pytest.raises(UserError, match=message) as caught:
+        make_recipe(Journey, {"way": way}, "here")
+    assert str(caught.value).startswith("here: ") and "\n" not in str(caught.value)
+    if isinstance(way, dict) and (given := [f"way.{name}={value}" for name, value in way.items()]):
+        with pytest.raises(UserError) as caught:
+            make_recipe(Journey, {"way": way}, "here", given)
+        assert str(caught.value).startswith("--set")
+
+
+def test_the_identity_of_a_union_is_its_members() -> None:
+    """`way.name` tells members apart; locations are free inside a member, and so is a whole mapping."""
+    assert identity(Journey(way=Walk(map="a"), stores={"x": {"y": 1}})) == {"way.name": "walk", "way.shoes": "old"}
+    ride = {"way.name": "ride", "way.horses": 1, "way.shoes": "iron"}
+    assert identity(Journey(way=Ride())) == ride
+    assert first_difference(identity(Journey()), ride) == ("way.name", "walk", "ride")

@@ -18,7 +18,7 @@ from .test_loop import recipe
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_loaded(tmp_path: Path) -> None:
-    """Flipped anywhere: in a tensor, in the pickle, in the names and places of the archive; or without effect, in its padding."""
+    """Flipped in a tensor, in the pickle, in the archive's names and places; or without effect, in its padding."""
     run = StudentDir(tmp_path)
     state = {
         "student": {"weight": torch.arange(2000.0), "bias": torch.ones(3)},
@@ -48,7 +48,7 @@ def test_a_checkpoint_stays_readable_by_torch_alone(tmp_path: Path) -> None:
 
 
 def test_no_flipped_bit_of_the_best_weights_is_used(tiny_run: Path, tmp_path: Path) -> None:
-    """Neither evaluated nor exported; training again puts the last weights there, as it does where the file is missing."""
+    """Neither evaluated nor exported; training again puts the last weights there, as where the file is missing."""
     settings = recipe(tiny_run, "epochs=1")
     run = train(settings, str(tmp_path))
     sound, weights = (tmp_path / BEST).read_bytes(), run.load_student().state_dict()

@@ -55,7 +55,8 @@ def leave(mib):
     resource.setrlimit(resource.RLIMIT_DATA, (used + mib * 2**20,) * 2)
 
 run, data, out, *settings = sys.argv[1:]
-recipe = load("demo", [f"shards={run}", "epochs=1", "batch=8", "validation=null", "precision=fp32", "threads=1", *settings])
+base = ["epochs=1", "batch=8", "validation=null", "precision=fp32", "threads=1"]
+recipe = load("demo", [f"shards={run}", *base, *settings])
 """
 
 

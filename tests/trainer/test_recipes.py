@@ -1,4 +1,4 @@
-"""The recipes that come with the project: they load, their students exist, their settings train, and they say what to expect."""
+"""The project's own recipes load, their students exist, their settings train, and they say what to expect."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_demos_shards_are_learned_from_as_in_the_demo(
 
 
 def test_make_leaves_the_choice_to_the_command() -> None:
-    """`make train STUDENT=vit_base SHARDS=…`: what the student is called and which recipe it has is decided in one place."""
+    """`make train STUDENT=vit_base SHARDS=…`: one place decides on the student's name and its recipe."""
     for given, words in {
         "STUDENT=vit_base SHARDS=/data/dad": "--student vit_base --shards /data/dad",
         "STUDENT=resnet50": "--student resnet50",

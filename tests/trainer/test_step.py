@@ -36,7 +36,7 @@ def stepped(
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_accumulation_adds_up_to_the_whole_batch(tiny_run: Path, parts: int) -> None:
-    """Also when parts differ in size, for each term. A student without batch norm, whose statistics would be those of a part."""
+    """Also when parts differ in size, for each term; batch norm's statistics would be those of a part."""
     reader = TrainingReader(str(tiny_run), batch_size=8)
     batch = next(iter(reader.batches(0)))
     whole, losses = stepped(student_of("test_vit"), batch, recipe(tiny_run), reader.sizes(0))
@@ -62,14 +62,14 @@ def test_the_losses_of_two_ranks_add_up_to_those_of_one(tiny_run: Path) -> None:
 def test_parts_hold_every_sample_once(tiny_run: Path) -> None:
     batch = next(iter(TrainingReader(str(tiny_run), batch_size=8).batches(0)))
     parts = list(split_batch(batch, 3))
-    for stream, half in batch.items():
-        assert [key for part in parts for key in part[stream].keys] == half.keys
-        assert torch.equal(torch.cat([part[stream].images for part in parts]), half.images)
+    for stream, some in batch.items():
+        assert [key for part in parts for key in part[stream].keys] == some.keys
+        assert torch.equal(torch.cat([part[stream].images for part in parts]), some.images)
 
 
 @pytest.mark.parametrize("how", ["joint", "separate"])
 def test_batch_norm_sees_what_the_recipe_says(how: str) -> None:
-    """joint: statistics of the mixture. separate: each half is normalised by its own, and the running mean follows both in turn."""
+    """joint: statistics of the mixture. separate: of each stream, and the running mean follows both in turn."""
     norm = nn.BatchNorm2d(3, momentum=0.1).train()
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(8, 3, 4, 4, generator=generator)

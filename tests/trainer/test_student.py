@@ -1,4 +1,4 @@
-"""Students from weights that were there before: what fits is taken, the head of other classes is not, strangers' code never runs."""
+"""Students from given weights take what fits, but no head of other classes; a stranger's code never runs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Frozen = Callable[[torch.Tensor], Any]
 
 
 def load_frozen(
-    info: RunInfo, names: Collection[str], device: torch.device, models: Mapping[str, Any] | None = None
+    info: RunInfo, names: Collection[str], device: torch.device, models: Mapping[Any, Any] | None = None
 ) -> dict[str, Frozen]:
     """The models of a run that a method needs, on the device, without gradient: see `Step.frozen`.
 
@@ -27,7 +27,7 @@ def load_frozen(
     return {name: ask[name](load_model(info, name, device, models or {})) for name in sorted(names)}
 
 
-def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[str, Any]) -> nn.Module:
+def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[Any, Any]) -> nn.Module:
     """One model of a run, ``teacher`` or ``discretizer``, frozen on the device. Raises UserError as `load_frozen` does."""
     from pipeline.method.discretizer import discretizer_of_run
     from pipeline.method.teacher import teacher_of_run

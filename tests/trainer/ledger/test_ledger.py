@@ -47,7 +47,7 @@ def test_ratios_are_taken_within_a_turn() -> None:
 
 
 def test_the_clock_leaves_out_the_first_batches_and_counts_clean_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five batches of four clean images. The first two come late; the others take 1 second to come and 3 to train on."""
+    """Five batches of four clean images. The first two come late; the others come in 1 second and train in 3."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 

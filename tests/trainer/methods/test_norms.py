@@ -97,7 +97,7 @@ def test_a_student_without_batch_norms_stays_as_it_is() -> None:
 
 
 def test_the_second_set_is_learned_averaged_and_saved_and_not_published(tiny_run: Path, tmp_path: Path) -> None:
-    """Optimizer, moving average and checkpoint hold it; best weights and export load strictly into a plain timm model."""
+    """Optimizer, average and checkpoint hold it; best weights and export load strictly into timm's own model."""
     base = [f"shards={tiny_run}", "student=test_resnet", "method.name=advprop", "epochs=1", "batch=10"]
     recipe = load("demo", [*base, "validation=null", "precision=fp32", "threads=1"])
     runs: list[Training] = []
