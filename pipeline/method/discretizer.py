@@ -19,6 +19,7 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
+from manifests.files.weights import find_weights
 from manifests.notes import note
 from manifests.recipe import apply_overrides, make_recipe, nearest
 from manifests.rundir import RUN
@@ -201,8 +202,9 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
         raise UserError(f"discretizer.config: no VQGAN has this shape ({one_line(error)})") from error
     if weights == RANDOM:
         return vqgan.eval()
-    path: Path = find_file(weights, "discretizer.weights")
-    state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
+    path: Path = find_weights(weights, "discretizer.weights")
+    state = load_weights(path, vqgan.state_dict().keys())
+    state = {name: value for name, value in state.items() if not name.startswith("loss.")}
     try:
         vqgan.load_state_dict(state)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
-from manifests.files.weights import tensors_sha256
+from manifests.files.weights import find_weights, tensors_sha256
 from manifests.notes import note
 from manifests.recipe import apply_overrides, make_recipe
 from manifests.rundir import RUN
@@ -216,9 +216,9 @@ def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
     if settings.weights == PRETRAINED:
         _load_timm_pretrained(model, settings.model, len(classes.names))
     elif settings.weights != RANDOM:
-        path: Path = find_file(settings.weights, "teacher.weights")
+        path: Path = find_weights(settings.weights, "teacher.weights")
         try:
-            model.load_state_dict(load_weights(path))
+            model.load_state_dict(load_weights(path, model.state_dict().keys()))
         except RuntimeError as error:
             reason = one_line(error)
             raise UserError(
