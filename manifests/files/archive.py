@@ -1,8 +1,8 @@
 """The tensors of a torch zip archive that holds more than tensors, without running anything in it.
 
-Two kinds of published weights need this: checkpoints of Lightning, timm and others, whose pickle names classes of settings
-beside the state dict, and TorchScript archives such as OpenAI's CLIP files. Every class that is not one of torch's tensor
-builders becomes an inert shell; no code of the archive, and no importable function that it names, is ever called.
+Two kinds of published weights need this: checkpoints of Lightning, timm and others, whose pickle names classes of
+settings beside the state dict, and TorchScript archives such as OpenAI's CLIP files. Every class that is not one of
+torch's tensor builders becomes an inert shell; no code of the archive, and no function that it names, is ever called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from ..errors import UserError, one_line
 
 _STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
     "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip

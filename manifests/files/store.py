@@ -1,7 +1,7 @@
-"""The one place that opens paths and URLs: a directory of files, local or on an object store (s3://, gs://, http:// …).
+"""The one place that opens paths and URLs: a directory of files, local or on an object store (s3://, gs://, …).
 
-A file appears under its final name only when complete: locally by temporary name, fsync and rename; on an object store by
-one PUT (or a multipart upload, which appears when it is completed). What a store says is never taken from a cache: other
+A file appears under its final name only when complete: locally by temporary name, fsync and rename; on an object
+store by one PUT (or a multipart upload, which appears when it is completed). Listings never come from a cache: other
 machines write there too.
 """
 
@@ -38,7 +38,7 @@ HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
 
 class Store:
-    """A directory of files under a local path or a URL of `locations.PROTOCOLS`. Names are relative, with ``/`` between parts.
+    """A directory of files under a local path or a URL of `locations.PROTOCOLS`. Names are relative, parted by ``/``.
 
     Raises UserError for a chained URL, another protocol, or one whose package is not installed.
     """
@@ -86,11 +86,10 @@ class Store:
         if not self.is_local:
             return self._ask(name, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
         path = self._full(name)
-        # A file that was replaced is opened anew. By a Path, asking would take three times as long.
+        # A file that was replaced is opened anew. Path.stat takes three times as long.
         found = os.stat(path)  # noqa: PTH116
-        file = _descriptor(
-            path, os.getpid(), found.st_ino, found.st_mtime_ns
-        )  # held: another thread may crowd it out, which would close it
+        # keep a reference: another thread may evict this file from the cache, which closes it
+        file = _descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns)
         return os.pread(file.fileno(), size, offset)
 
     def advise(self, name: str) -> None:
@@ -104,7 +103,7 @@ class Store:
         return sorted(self._listing(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in a folder, by name, in one listing; without temporary ones. A link to a file is one.
+        """Bytes of each file directly in a folder, by name, from one listing without temporary files. Links to files count.
 
         Files whose size a listing does not tell (http) are left out.
         """
@@ -119,7 +118,7 @@ class Store:
         return {name: entry["size"] for name, entry in files if not _TEMPORARY.match(name)}
 
     def _listed(self, folder: str, kind: str, is_kind: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, what fsspec says of it) of each entry of one kind. fsspec does not tell where a local link leads: ``is_kind`` does."""
+        """(name, fsspec's description) of each entry of one kind. ``is_kind`` says where a local link leads; fsspec does not."""
         with contextlib.suppress(FileNotFoundError):
             for entry in self._ask(folder, lambda fs, path: fs.ls(path, detail=True)):
                 name = os.path.basename(entry["name"].rstrip("/"))
@@ -151,7 +150,7 @@ class Store:
     def create(self, name: str, data: bytes) -> bool:
         """Write a file atomically unless there is one of that name already; returns whether this call made it.
 
-        Of several processes on several machines one wins; on an object store without conditional PUTs more than one may.
+        Of several processes on several machines one wins; on a store without conditional PUTs more than one may.
         """
         with self._writing(name):
             if self.is_local:
@@ -160,8 +159,8 @@ class Store:
                 self._ask(name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
             except FileExistsError:
                 try:
-                    return self.read(name) == data  # ours: an answer that got lost was asked for again
-                except FileNotFoundError:  # somebody else's, and given up meanwhile
+                    return self.read(name) == data  # ours: the answer to the first request was lost
+                except FileNotFoundError:  # another process made it and removed it since
                     return False
             return True
 
@@ -201,7 +200,8 @@ class Store:
                 raise Unwritable(f"{self.where(name)}: cannot write here ({error}); choose another place") from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Unwritable(
-                    f"{self.where(name)}: the disk is full; free some space and run the same command again (finished shards are kept)"
+                    f"{self.where(name)}: the disk is full; free some space and run the same command again "
+                    "(finished shards are kept)"
                 ) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise Unwritable(
@@ -210,9 +210,9 @@ class Store:
             raise
 
     def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
-        """``request(file system, path)``. An object store that fails is asked again, beyond what its client does by itself.
+        """``request(file system, path)``, repeated if an object store fails, beyond what its client repeats by itself.
 
-        Raises Unreachable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
+        Raises Unreachable, naming the URL, when it keeps failing. FileNotFoundError and FileExistsError pass as they are.
         """
         if self.is_local:
             return request(self.fs, self._full(name))
@@ -222,9 +222,7 @@ class Store:
                 return request(self.fs, self._full(name))
             except (FileNotFoundError, FileExistsError):
                 raise
-            except (
-                Exception
-            ) as error:  # every client has its own classes for no credentials, no connection, no permission
+            except Exception as error:  # every client has classes of its own for credentials, connection, permission
                 pause = next(pauses)
                 if pause is None or isinstance(error, PermissionError) or getattr(error, "status", None) in FORBIDDEN:
                     reason = one_line(error) or type(error).__name__
@@ -276,7 +274,7 @@ class _RemoteFile(io.RawIOBase):
 
 @lru_cache(maxsize=256)
 def _descriptor(path: str, _pid: int, _inode: int, _modified: int) -> IO[bytes]:
-    """An open file; the process id keeps forked loader workers from sharing one. Closed when it falls out of the cache."""
+    """An open file, closed when it leaves the cache. The process id keeps forked loader workers from sharing one."""
     return open(path, "rb")
 
 
@@ -288,7 +286,7 @@ def _open(url: str, _pid: int) -> tuple[Any, str]:
 
 
 def _write_local(path: Path, data: bytes | memoryview, place: Callable[[Path, Path], bool | None]) -> bool:
-    """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and what is there stays."""
+    """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and that file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
@@ -321,7 +319,7 @@ def _link(temporary: Path, path: Path) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine still runs. One that was killed and not yet collected by its parent does not."""
+    """Whether a process of this machine still runs. A killed one that its parent has not collected does not."""
     try:
         os.kill(pid, 0)
         return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")

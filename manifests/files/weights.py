@@ -24,7 +24,10 @@ PART = "#"  # FILE#state_dict_ema: another part of a checkpoint
 
 
 def find_weights(name: str, field: str) -> Path:
-    """A checkpoint that a recipe names, perhaps with the part to take (``FILE#state_dict_ema``). Raises UserError naming the field."""
+    """A checkpoint that a recipe names, perhaps with the part to take (``FILE#state_dict_ema``).
+
+    Raises UserError naming the field.
+    """
     file, mark, part = name.rpartition(PART)
     if not mark or Path(name).expanduser().exists():
         return find_file(name, field)
@@ -35,7 +38,7 @@ def find_weights(name: str, field: str) -> Path:
 def load_weights(path: Path, like: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file or a torch checkpoint, on the CPU; nothing in it is run.
 
-    path: may end in ``#PART``, see `find_weights`. like: the target's names, which tell what prefixes are to be taken off.
+    path: may end in ``#PART``, see `find_weights`. like: the target's names, which tell what prefixes to take off.
     A note says what was taken where the file holds other weights, such as an average, too.
     Raises UserError for a file that is neither, or whose tensors cannot be read without running it.
     """
@@ -61,7 +64,7 @@ def load_weights(path: Path, like: Collection[str] = ()) -> dict[str, torch.Tens
 
 
 def _without_prefixes(tensors: dict[str, torch.Tensor], like: Collection[str]) -> dict[str, torch.Tensor]:
-    """Take off known prefixes, as long as more names are then the target's; tensors that lack the prefix are left out."""
+    """Take off a known prefix if more names are then the target's; tensors that lack the prefix are left out."""
     wanted = set(like)
     while True:
         for prefix in PREFIXES:

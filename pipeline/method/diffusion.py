@@ -50,7 +50,7 @@ class ImageToImage(nn.Module):
         self.vae, self.unet, self.text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
         self.config = config
         self.made_from = _made_from(pipeline, config.prompt)  # for the fingerprint
-        self._pipeline = (pipeline,)  # in a tuple: its modules are registered above, it is none itself
+        self._pipeline = (pipeline,)  # in a tuple, so that nn.Module does not register it
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,8 +68,8 @@ class ImageToImage(nn.Module):
 
 
 def _made_from(pipeline: Any, prompt: str) -> dict[str, Any]:
-    """What decides the function beside weights and recipe: the parts' settings (those in their files: defaults come and go with the
-    library's version), the scheduler's kind, and what the tokenizer makes of the prompt and of the empty one.
+    """What decides the function beside weights and recipe: the parts' settings, the scheduler's kind, and the tokens of
+    the prompt and of the empty one. Only settings that the files hold count: defaults differ between versions.
     """
     settings = {}
     for name in ("scheduler", "unet", "vae"):
@@ -85,7 +85,7 @@ def _made_from(pipeline: Any, prompt: str) -> dict[str, Any]:
 
 
 def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage:
-    """weights: a folder in diffusers' layout, or a model of the Hub. Safetensors alone are read, and no code of the model's maker.
+    """weights: a folder in diffusers' layout, or a model of the Hub. Safetensors alone are read, and no code is run.
 
     Raises UserError for a missing package, a folder that would run code, and whatever diffusers or a download raises.
     """
@@ -97,8 +97,8 @@ def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage
         raise UserError("discretizer.weights: name a folder in diffusers' layout, or a model of the Hub")
     if int(config.strength * config.inference_steps) < 1:
         raise UserError(
-            f"discretizer.diffusion: strength {config.strength} of {config.inference_steps} inference_steps is less than one step; "
-            "raise one of the two"
+            f"discretizer.diffusion: strength {config.strength} of {config.inference_steps} inference_steps is less than "
+            "one step; raise one of the two"
         )
     from diffusers import StableDiffusionImg2ImgPipeline
 
@@ -119,7 +119,7 @@ def is_download(weights: str) -> bool:
 
 
 def diffusion_folder(weights: str) -> Path:
-    """The folder of a model, fetched from the Hub without any Python where it is none, after checking what it would import.
+    """The folder of a model, if need be fetched from the Hub without its Python, after checking what it would import.
 
     Raises UserError.
     """
@@ -148,7 +148,7 @@ def diffusion_folder(weights: str) -> Path:
 
 
 def _check_index(folder: Path) -> None:
-    """model_index.json names the Python class of every part, which diffusers would import: only those of Stable Diffusion are."""
+    """model_index.json names the class of every part, which diffusers imports: only those of Stable Diffusion pass."""
     path = folder / "model_index.json"
     index = _read_json(path)
     if index.get("_class_name") not in _PIPELINES:

@@ -73,7 +73,8 @@ def named_config(value: object) -> object:
         return dict(KNOWN[value])
     if not value.endswith((".yaml", ".yml")):
         raise UserError(
-            f"discretizer.config: no VQGAN is known as {value!r}{nearest(value, list(KNOWN))}; or name taming's YAML file"
+            f"discretizer.config: no VQGAN is known as {value!r}{nearest(value, list(KNOWN))}; "
+            "or name taming's YAML file"
         )
     path = find_file(value, "discretizer.config")
     try:
@@ -99,11 +100,11 @@ class Discretizer:
     """The VQGAN that turns images into codes and back, or what stands in its place."""
 
     kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
-    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion, image to image (paper, table 10)."""
+    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion on images (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
-    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one of others), or `random`."""
+    """Checkpoint in taming's or latent diffusion's layout (safetensors or a torch file), or `random`."""
     config: NamedConfig = VQGANConfig()
-    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or its fields."""
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or fields."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
@@ -168,7 +169,8 @@ class VQGAN(nn.Module):
 def nearest_code(tokens: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the nearest codebook entry in L2, in float32 whatever the autocast.
 
-    tokens: [N, D]; codebook: [C, D]. Returns [N] int64. |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change the argmin.
+    tokens: [N, D]; codebook: [C, D]. Returns [N] int64.
+    |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change the argmin.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         codebook = codebook.float()
@@ -186,7 +188,7 @@ class Identity(nn.Module):
 
 
 def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqgan") -> nn.Module:
-    """Build the discretizer that a recipe asks for, on the CPU. ``weights="random"`` needs no file: for trying out and measuring.
+    """Build the discretizer that a recipe asks for, on the CPU. ``weights="random"`` needs no file: to try out, to measure.
 
     Raises UserError for missing, unreadable or unfitting weights.
     """
@@ -214,9 +216,9 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
 
 
 def discretizer_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> nn.Module:
-    """The discretizer that a run was made with, on the CPU. overrides: ``discretizer.weights=…``, as on the command line.
+    """The discretizer that a run was made with, on the CPU. overrides: ``discretizer.weights=…`` of the command line.
 
-    Raises UserError when its file is not where run.json says, or when it would be a download that only run.json names.
+    Raises UserError when its file is not where run.json says, or when only run.json names a download.
     """
     tree = apply_overrides({"discretizer": info.recipe["discretizer"]}, overrides)
     settings: Discretizer = make_recipe(Discretizer, tree["discretizer"], RUN, overrides)

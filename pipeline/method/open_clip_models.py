@@ -1,4 +1,4 @@
-"""Loading open_clip's models and tokenizers: by name with weights, from a folder (`local-dir:`), or from the Hub (`hf-hub:`)."""
+"""Loading open_clip's models and tokenizers: by name with weights, from a `local-dir:`, or from the `hf-hub:`."""
 
 from __future__ import annotations
 
