@@ -24,7 +24,7 @@ from .recipe import recipe_of
 from .speed.batch_size import ON_CPU
 
 # Largest difference of a logit that recomputing may show, relative to the sample's largest logit. The machine that made
-# the shards shows the rounding to float16 (2^-11); another kind sums in another order: a few float16 steps, or one of bf16.
+# the shards shows the rounding to float16 (2^-11); another kind sums in another order: some such steps, or one of bf16.
 TOLERANCE = {"fp32": 2**-9, "bf16": 2**-7}
 
 

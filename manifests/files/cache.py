@@ -58,7 +58,7 @@ os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, a
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold a lock of this machine. The kernel releases it when the holder dies. Raises Unwritable if there can be none."""
+    """Hold a lock of this machine; the kernel releases it when the holder dies. Raises Unwritable."""
     with writing_cache(folder), _forking:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)

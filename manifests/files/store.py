@@ -13,9 +13,7 @@ import hashlib
 import io
 import os
 import re
-import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -26,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import Unreachable, Unwritable, UserError, one_line
+from .atomic import HOST, link, write_file
 from .locations import check_location
 
 _CHUNK = 16 << 20  # bytes read at once
@@ -34,7 +33,6 @@ FORBIDDEN = (401, 403)  # what a web server answers however often it is asked
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
 _TRAILING_SLASHES = re.compile(r"(?<=[^:/])/+$")  # of "/" and "s3://" they stay
 T = TypeVar("T")
-HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
 
 class Store:
@@ -103,7 +101,7 @@ class Store:
         return sorted(self._listing(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in a folder, by name, from one listing without temporary files. Links to files count.
+        """Bytes of each file directly in a folder, by name, from one listing. Links to files count.
 
         Files whose size a listing does not tell (http) are left out.
         """
@@ -118,7 +116,7 @@ class Store:
         return {name: entry["size"] for name, entry in files if not _TEMPORARY.match(name)}
 
     def _listed(self, folder: str, kind: str, is_kind: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, fsspec's description) of each entry of one kind. ``is_kind`` says where a local link leads; fsspec does not."""
+        """(name, fsspec's description) of each entry of one kind. ``is_kind`` tells where local links lead."""
         with contextlib.suppress(FileNotFoundError):
             for entry in self._ask(folder, lambda fs, path: fs.ls(path, detail=True)):
                 name = os.path.basename(entry["name"].rstrip("/"))
@@ -143,7 +141,7 @@ class Store:
         """
         with self._writing(name):
             if self.is_local:
-                _write_local(Path(self._full(name)), data, os.replace)
+                write_file(Path(self._full(name)), data, os.replace)
             else:
                 self._ask(name, lambda fs, path: fs.pipe_file(path, data))
 
@@ -154,7 +152,7 @@ class Store:
         """
         with self._writing(name):
             if self.is_local:
-                return _write_local(Path(self._full(name)), data, _link)
+                return write_file(Path(self._full(name)), data, link)
             try:
                 self._ask(name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
             except FileExistsError:
@@ -212,7 +210,7 @@ class Store:
     def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
         """``request(file system, path)``, repeated if an object store fails, beyond what its client repeats by itself.
 
-        Raises Unreachable, naming the URL, when it keeps failing. FileNotFoundError and FileExistsError pass as they are.
+        Raises Unreachable, naming the URL, when it keeps failing; FileNotFoundError and FileExistsError pass.
         """
         if self.is_local:
             return request(self.fs, self._full(name))
@@ -283,39 +281,6 @@ def _open(url: str, _pid: int) -> tuple[Any, str]:
     """File system and root of a URL, for one process."""
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, root
-
-
-def _write_local(path: Path, data: bytes | memoryview, place: Callable[[Path, Path], bool | None]) -> bool:
-    """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and that file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}-{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        placed = place(temporary, path) is not False
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
-    return placed
-
-
-def _link(temporary: Path, path: Path) -> bool:
-    """A second name for the file, which the file system refuses when there is one already."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: not exclusive, and nothing depends on that
-        if path.exists():
-            return False
-        os.replace(temporary, path)
-    return True
 
 
 def alive(pid: int) -> bool:

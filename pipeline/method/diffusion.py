@@ -97,8 +97,8 @@ def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage
         raise UserError("discretizer.weights: name a folder in diffusers' layout, or a model of the Hub")
     if int(config.strength * config.inference_steps) < 1:
         raise UserError(
-            f"discretizer.diffusion: strength {config.strength} of {config.inference_steps} inference_steps is less than "
-            "one step; raise one of the two"
+            f"discretizer.diffusion: strength {config.strength} of {config.inference_steps} inference_steps is less "
+            "than one step; raise one of the two"
         )
     from diffusers import StableDiffusionImg2ImgPipeline
 

@@ -1,8 +1,8 @@
 """The discretizer Q: encode an image to a grid of codebook entries and decode those. A VQGAN (Esser et al., CVPR 2021).
 
-Encoder and decoder are taming-transformers' own blocks. Its `VectorQuantizer` is not used: it materialises distances and
-a one-hot of [tokens x codes]; `VQGAN.quantize` keeps only the nearest index. Checkpoints keep taming's names
-(``encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*``), so published weights load as they are.
+Encoder and decoder are taming-transformers' own blocks. Its `VectorQuantizer` is not used: it materialises distances
+and a one-hot of [tokens x codes]; `nearest_code` keeps only the nearest index. Checkpoints keep taming's names
+(``encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*``), so published weights load as is.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ class Discretizer:
     """The VQGAN that turns images into codes and back, or what stands in its place."""
 
     kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
-    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion on images (paper, table 10)."""
+    """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
     """Checkpoint in taming's or latent diffusion's layout (safetensors or a torch file), or `random`."""
     config: NamedConfig = VQGANConfig()
-    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file, or fields."""
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), a YAML file, or fields."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
@@ -188,7 +188,7 @@ class Identity(nn.Module):
 
 
 def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqgan") -> nn.Module:
-    """Build the discretizer that a recipe asks for, on the CPU. ``weights="random"`` needs no file: to try out, to measure.
+    """Build the discretizer that a recipe asks for, on the CPU. ``weights="random"`` needs no file.
 
     Raises UserError for missing, unreadable or unfitting weights.
     """

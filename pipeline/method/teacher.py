@@ -40,10 +40,10 @@ class Teacher:
     kind: Literal["open_clip", "timm"] = "open_clip"
     """open_clip: zero-shot from class names and prompt templates. timm: a classifier over the same classes."""
     model: Annotated[str, Location]
-    """open_clip: a model name, `local-dir:FOLDER` (open_clip_config.json, weights, perhaps bpe.txt.gz) or `hf-hub:NAME`.
+    """open_clip: a model name, `local-dir:FOLDER` (open_clip_config.json, weights, bpe.txt.gz) or `hf-hub:NAME`.
     timm: a model name."""
     weights: Annotated[str | None, Location] = None
-    """A checkpoint file (OpenAI's own archives are known as such; other files of its weights need a `…-quickgelu` model;
+    """A checkpoint file (OpenAI's own archives are recognised; other files of its weights need a `…-quickgelu` model;
     timm: `FILE#state_dict_ema` takes the average), a pretrained tag of open_clip such as `openai`, `pretrained` for
     timm's own, or `random` to try out and measure. None for `local-dir:` and `hf-hub:`."""
     templates: Annotated[str | None, Location] = None
@@ -85,7 +85,7 @@ class TeacherModel(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32.
 
-        A canvas of another side than the model's is resized. On CUDA torch sums the gradient of the resize in any order,
+        A canvas of another side than the model's is resized. On CUDA torch sums the resize's gradient in any order,
         so an attack's last bits may differ from run to run; a canvas of the model's own side repeats its bits.
         """
         if images.shape[-2:] != (self.size, self.size):
@@ -104,7 +104,7 @@ class TeacherModel(nn.Module):
 def load_teacher(
     settings: Teacher, classes: ClassList, device: torch.device | str = "cpu", *, with_head: bool = True
 ) -> TeacherModel:
-    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for a fingerprint; it cannot classify.
+    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for a fingerprint only.
 
     Raises UserError for unknown names, missing or unreadable weights.
     """

@@ -43,7 +43,7 @@ class Outer:
 
 @pytest.fixture
 def touched(tmp_path: Path) -> Iterator[Path]:
-    """A file that appears as soon as fsspec makes a `reference` file system, as a template that is rendered would make it."""
+    """A file that appears as soon as fsspec makes a `reference` file system, as rendering a template would."""
     marker = tmp_path / "pwned"
 
     class Touching(LocalFileSystem):  # type: ignore[misc]
@@ -102,7 +102,7 @@ def test_what_is_opened(tmp_path: Path) -> None:
 
 def test_a_user_adds_a_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says how; what was added does not open chains."""
-    with pytest.raises(UserError, match="shards: sftp://h/x: 'sftp' is none .*DAD_PROTOCOLS=sftp"):
+    with pytest.raises(UserError, match=r"shards: sftp://h/x: 'sftp' is none .*DAD_PROTOCOLS=sftp"):
         check_location("sftp://h/x", "shards")
     monkeypatch.setenv("DAD_PROTOCOLS", "ftp, sftp")
     assert check_location("sftp://h/x") == "sftp://h/x"
