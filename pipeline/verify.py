@@ -78,7 +78,8 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     if (now := weights_fingerprint(models.teacher_model)) != info.fingerprints["teacher"]:
         raise UserError(
             f"teacher.model: this is not the teacher that labelled {out} "
-            f"(fingerprint {now}, recorded {info.fingerprints['teacher']}); name the right one with --set teacher.model=…"
+            f"(fingerprint {now}, recorded {info.fingerprints['teacher']}); "
+            "name the right one with --set teacher.model=…"
         )
     tolerance = TOLERANCE[recipe.precision]
     for stream in ("clean", "dad") if recipe.output.clean_images else ("dad",):
