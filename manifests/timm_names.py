@@ -1,4 +1,4 @@
-"""Names of timm models, which recipes and student.json hold: a model of timm's own list, with one of its tags or none."""
+"""Names of timm models, which recipes and student.json hold: a model of timm's list, with one of its tags or none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .recipe import nearest
 
 
 def check_timm_name(name: str, field: str, timm: ModuleType) -> None:
-    """Raises UserError, with the nearest name, for a model or tag that timm does not know, and for `hf-hub:`, `local-dir:`.
+    """Raises UserError, with the nearest name, for an unknown model or tag, and for `hf-hub:` and `local-dir:`.
 
     field: the recipe field that holds the name, for the message. timm: the package, which the record does without.
     """

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from manifests import Execution, Location, RunDir, UserError, load_recipe, recipe_dataclass
 from manifests.recipe import Locations, apply_overrides, as_tree, make_recipe
@@ -24,7 +24,15 @@ from .method.teacher import Teacher
 
 # no control characters: a line break would begin a command of the job script
 SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool
+# options of sbatch that hold lines and words of the job's shell script
+SLURM_PROGRAMS = ("setup", "teardown", "srun_args", "additional_parameters")
 FOLDER = Path(__file__).parent / "recipes"
+
+
+def _no_programs(options: dict[str, Any]) -> dict[str, Any]:
+    if found := [name for name in SLURM_PROGRAMS if name in options]:
+        raise ValueError(f"a recipe is data and starts no programs; {found[0]} is not taken")
+    return options
 
 
 @recipe_dataclass
@@ -72,9 +80,9 @@ class Launch:
     ray: actors; None: one per GPU of the cluster, or per `threads` of its CPUs."""
     retries: Annotated[int, Field(ge=0), Execution] = 2
     """How often a shard is tried again after it failed or its worker died."""
-    slurm: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], Execution] = Field(
-        default_factory=dict
-    )
+    slurm: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], AfterValidator(_no_programs), Execution
+    ] = Field(default_factory=dict)
     """Options of the array job by their sbatch names, with `_` for `-`: `partition`, `account`, `time` (minutes),
     `gpus_per_task` …"""
 

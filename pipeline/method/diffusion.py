@@ -50,9 +50,7 @@ class ImageToImage(nn.Module):
         self.vae, self.unet, self.text_encoder = pipeline.vae, pipeline.unet, pipeline.text_encoder
         self.config = config
         self.made_from = _made_from(pipeline, config.prompt)  # for the fingerprint
-        self._pipeline = (
-            pipeline,
-        )  # in a tuple so that nn.Module does not register it; its parts are registered above
+        self._pipeline = (pipeline,)  # in a tuple, so that nn.Module does not register it
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +87,7 @@ def _made_from(pipeline: Any, prompt: str) -> dict[str, Any]:
 
 
 def load_diffusion(config: DiffusionConfig, weights: str | None) -> ImageToImage:
-    """weights: a folder in diffusers' layout, or a model of the Hub. Safetensors alone are read, and no code of the model's maker.
+    """weights: a folder in diffusers' layout, or a model of the Hub. Safetensors alone are read, and no code is run.
 
     Raises UserError for a missing package, a folder that would run code, and whatever diffusers or a download raises.
     """
@@ -121,7 +119,7 @@ def is_download(weights: str) -> bool:
 
 
 def diffusion_folder(weights: str) -> Path:
-    """The folder of a model, fetched from the Hub without any Python where it is none, after checking what it would import.
+    """The folder of a model, if need be fetched from the Hub without its Python, after checking what it would import.
 
     Raises UserError.
     """
@@ -150,7 +148,7 @@ def diffusion_folder(weights: str) -> Path:
 
 
 def _check_index(folder: Path) -> None:
-    """model_index.json names the Python class of every part, which diffusers would import: only those of Stable Diffusion are."""
+    """model_index.json names the class of every part, which diffusers imports: only those of Stable Diffusion pass."""
     path = folder / "model_index.json"
     index = _read_json(path)
     if index.get("_class_name") not in _PIPELINES:

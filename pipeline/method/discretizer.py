@@ -19,6 +19,7 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
+from manifests.files.weights import find_weights
 from manifests.notes import note
 from manifests.recipe import apply_overrides, make_recipe, nearest
 from manifests.rundir import RUN
@@ -99,11 +100,9 @@ class Discretizer:
     kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
     """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
-    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one from others),
-    or `random`."""
+    """Checkpoint in taming's or latent diffusion's layout (safetensors or a torch file), or `random`."""
     config: NamedConfig = VQGANConfig()
-    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file,
-    or its fields."""
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), a YAML file, or fields."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Settings of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
@@ -203,8 +202,9 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
         raise UserError(f"discretizer.config: no VQGAN has this shape ({one_line(error)})") from error
     if weights == RANDOM:
         return vqgan.eval()
-    path: Path = find_file(weights, "discretizer.weights")
-    state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
+    path: Path = find_weights(weights, "discretizer.weights")
+    state = load_weights(path, vqgan.state_dict().keys())
+    state = {name: value for name, value in state.items() if not name.startswith("loss.")}
     try:
         vqgan.load_state_dict(state)
     except RuntimeError as error:
@@ -223,7 +223,7 @@ def build_discretizer(settings: Discretizer) -> nn.Module:
 def discretizer_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> nn.Module:
     """Build the discretizer of a run on the CPU. overrides: ``discretizer.weights=…``, as on the command line.
 
-    Raises UserError when its file is not where run.json says, or when it would be a download that only run.json names.
+    Raises UserError when its file is not where run.json says, or when only run.json names a download.
     """
     tree = apply_overrides({"discretizer": info.recipe["discretizer"]}, overrides)
     settings: Discretizer = make_recipe(Discretizer, tree["discretizer"], RUN, overrides)

@@ -1,7 +1,7 @@
-"""Which settings of an `open_clip_config.json` are taken: those that size open_clip's own towers, and nothing that it imports.
+"""Which settings of an `open_clip_config.json` are taken: those that shape open_clip's own towers.
 
 The file may come with a stranger's model. open_clip hands `tokenizer_kwargs` to transformers as they are, where
-`trust_remote_code` runs Python from the folder, and takes names of text towers and tokenizers that transformers resolves.
+`trust_remote_code` runs Python from the folder, and lets transformers resolve names of text towers and tokenizers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ _SHARED = {
 _VISION = _SHARED | {
     "head_width", "patch_size", "image_size", "patch_dropout", "attentional_pool", "attn_pooler_queries",
     "attn_pooler_heads", "no_ln_pre", "pos_embed_type",
-    "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
+    "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop",
+    "timm_drop_path",
 }  # fmt: skip
 _TEXT = _SHARED | {
-    "context_length", "vocab_size", "heads", "embed_cls", "pad_id", "eos_id", "no_causal_mask", "proj_bias", "proj_type",
+    "context_length", "vocab_size", "heads", "embed_cls", "pad_id", "eos_id", "no_causal_mask", "proj_bias",
+    "proj_type",
     "tokenizer_kwargs",
 }  # fmt: skip
 _HUGGING_FACE = {"hf_tokenizer_name", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}

@@ -1,4 +1,4 @@
-"""Loading open_clip's models and tokenizers: by name with weights, from a folder (`local-dir:`), or from the Hub (`hf-hub:`)."""
+"""Loading open_clip's models and tokenizers: by name with weights, from a `local-dir:`, or from the `hf-hub:`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _has_quick_gelu(model: nn.Module) -> bool:
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any], str | None]:
-    """(model, tokenizer, model_cfg, fingerprint of the folder's own vocabulary) of open_clip's ``local-dir:`` layout."""
+    """(model, tokenizer, model_cfg, fingerprint of its own vocabulary) of open_clip's ``local-dir:`` layout."""
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.p*t*")):
         raise UserError(f"teacher.model: {folder}: holds no weights (open_clip_model.safetensors)")
     config = read_config(folder)
@@ -111,7 +111,7 @@ def _hugging_face_tokenizer(name: str, text: Mapping[str, Any]) -> Any:
 
 
 def _by_name(name: str, weights: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a name that open_clip knows, with a pretrained tag, a checkpoint file, or random weights."""
+    """(model, tokenizer) of a name that open_clip knows, with a pretrained tag, a file, or random weights."""
     import open_clip
 
     if name not in open_clip.list_models():

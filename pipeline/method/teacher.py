@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
-from manifests.files.weights import tensors_sha256
+from manifests.files.weights import find_weights, tensors_sha256
 from manifests.notes import note
 from manifests.recipe import apply_overrides, make_recipe
 from manifests.rundir import RUN
@@ -40,10 +40,12 @@ class Teacher:
     kind: Literal["open_clip", "timm"] = "open_clip"
     """open_clip: zero-shot from class names and prompt templates. timm: a classifier over the same classes."""
     model: Annotated[str, Location]
-    """open_clip: a model name, or `local-dir:FOLDER` (open_clip_config.json, weights, optional bpe.txt.gz). timm: a model name."""
+    """open_clip: a model name, `local-dir:FOLDER` (open_clip_config.json, weights, bpe.txt.gz) or `hf-hub:NAME`.
+    timm: a model name."""
     weights: Annotated[str | None, Location] = None
-    """A checkpoint file (OpenAI's own archives are known as such; other files of its weights need a `…-quickgelu` model), a
-    pretrained tag of open_clip such as `openai`, `pretrained` for timm's own, or `random` to try out and measure. None for `local-dir:`."""
+    """A checkpoint file (OpenAI's own archives are recognised; other files of its weights need a `…-quickgelu` model;
+    timm: `FILE#state_dict_ema` takes the average), a pretrained tag of open_clip such as `openai`, `pretrained` for
+    timm's own, or `random` to try out and measure. None for `local-dir:` and `hf-hub:`."""
     templates: Annotated[str | None, Location] = None
     """YAML file with `templates`, or `openai` for the 80 ImageNet templates. None: those of `source.classes`."""
 
@@ -51,9 +53,9 @@ class Teacher:
 class TeacherModel(nn.Module):
     """Resize, normalise, embed, compare with a head: logits [B, classes].
 
-    size: side of the model's input; mean, std: its normalisation; head: [D, classes], applied to unit features and scaled by
-    ``scale`` (zero-shot), or None when the model returns logits itself. made_from: what decides the function beside the
-    weights (architecture, class names, prompts), for the fingerprint.
+    size: side of the model's input; mean, std: its normalisation; head: [D, classes], applied to unit features and
+    scaled by ``scale`` (zero-shot), or None when the model returns logits itself. made_from: what decides the function
+    beside the weights (architecture, class names, prompts), for the fingerprint.
     """
 
     mean: torch.Tensor
@@ -83,8 +85,8 @@ class TeacherModel(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32.
 
-        A canvas of another side than the model's is resized. On CUDA torch adds up the gradient of that in any order, so the last bits of
-        an attack may differ from run to run there; a canvas of the model's own side repeats its bits.
+        A canvas of another side than the model's is resized. On CUDA torch sums the resize's gradient in any order,
+        so an attack's last bits may differ from run to run; a canvas of the model's own side repeats its bits.
         """
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(
@@ -102,7 +104,7 @@ class TeacherModel(nn.Module):
 def load_teacher(
     settings: Teacher, classes: ClassList, device: torch.device | str = "cpu", *, with_head: bool = True
 ) -> TeacherModel:
-    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for its fingerprint only, it cannot classify.
+    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for a fingerprint only.
 
     Raises UserError for unknown names, missing or unreadable weights.
     """
@@ -114,7 +116,7 @@ def load_teacher(
 def teacher_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> TeacherModel:
     """The teacher that a run was made with, on the CPU. overrides: ``teacher.model=…``, as given on the command line.
 
-    Raises UserError when its files are not where run.json says, or when it would be a download that only run.json names.
+    Raises UserError when its files are not where run.json says, or when only run.json names a download.
     """
     tree = apply_overrides({"teacher": info.recipe["teacher"]}, overrides)
     classes, _ = find_classes(info.recipe["source"]["classes"])
@@ -124,7 +126,7 @@ def teacher_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> TeacherModel
 
 
 def announce_teacher(settings: Teacher, where: str, overrides: Sequence[str]) -> None:
-    """Before the teacher that ``where`` (a run.json) names is loaded: a note that says which model it is, and from where.
+    """Print a note, before loading, that says which teacher ``where`` (a run.json) names.
 
     Raises UserError for a download that the command line does not name itself: the run may be a stranger's.
     """
@@ -152,7 +154,7 @@ def _download(settings: Teacher) -> tuple[str, str] | None:
 def weights_fingerprint(model: nn.Module) -> str:
     """sha256 (first 16 hex digits) over every parameter and buffer of a model, and a teacher's ``made_from``.
 
-    The zero-shot head is left out: it is computed, so its last bits depend on the processor. What it is computed from is covered.
+    The zero-shot head is left out: its last bits depend on the processor. What it is computed from is covered.
     """
     tensors = {
         name: value
@@ -216,9 +218,9 @@ def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
     if settings.weights == PRETRAINED:
         _load_timm_pretrained(model, settings.model, len(classes.names))
     elif settings.weights != RANDOM:
-        path: Path = find_file(settings.weights, "teacher.weights")
+        path: Path = find_weights(settings.weights, "teacher.weights")
         try:
-            model.load_state_dict(load_weights(path))
+            model.load_state_dict(load_weights(path, model.state_dict().keys()))
         except RuntimeError as error:
             reason = one_line(error)
             raise UserError(
@@ -235,13 +237,17 @@ def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
 
 
 def _load_timm_pretrained(model: nn.Module, name: str, classes: int) -> None:
-    """timm's own weights, downloaded on first use. Raises UserError for a tag of another number of classes (its head would be random)."""
+    """timm's own weights, downloaded on first use.
+
+    Raises UserError for a tag of another number of classes, whose head would be random.
+    """
     import timm
 
     config: Any = model.pretrained_cfg
     if config.get("num_classes") != classes:
         raise UserError(
-            f"teacher.weights: timm's {name} was trained on {config.get('num_classes')} classes, the class list has {classes}"
+            f"teacher.weights: timm's {name} was trained on {config.get('num_classes')} classes, "
+            f"the class list has {classes}"
         )
     try:
         timm.models.load_pretrained(model, pretrained_cfg=config, num_classes=classes)

@@ -205,7 +205,7 @@ def test_links_and_folders(tmp_path: Path) -> None:
 
 def test_stale_temporaries(tmp_path: Path) -> None:
     """Temporary files are not listed; those of this host's dead processes are removed, all other files stay."""
-    from manifests.files.store import HOST
+    from manifests.files.atomic import HOST
 
     names = [f".x.tar.{HOST}.{pid}.tmp" for pid in (2**22 + 5, os.getpid())] + [
         ".x.tar.elsewhere.7.tmp",

@@ -1,4 +1,4 @@
-"""A model folder of a stranger runs no Python, and a run of a stranger starts no download that the command does not name."""
+"""A model folder of a stranger runs no Python, and a run of a stranger starts no download that the user does not name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def change(folder: Path, part: str | None, **settings: Any) -> None:
     ],
 )
 def test_a_config_that_reaches_further_is_refused(folder: Path, part: str | None, settings: dict[str, Any]) -> None:
-    """Each setting that leads out of open_clip's own towers is refused in one line that names the file and the setting."""
+    """Each setting that leads out of open_clip's own towers is refused in one line that names file and setting."""
     settings = json.loads(json.dumps(settings).replace("FOLDER", str(folder)))
     change(folder, part, **settings)
     with pytest.raises(UserError, match=r"teacher\.model: .*open_clip_config\.json: ") as caught:
