@@ -33,10 +33,11 @@ class Source:
     """The labelled images to start from."""
 
     data: Annotated[str, Location]
-    """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; tars or Parquet files by name with braces
-    (`train-{000000..001281}.tar`), several joined by `::`; or, on the command line only, `pipe:COMMAND` for each tar."""
+    """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; tars or Parquet files by name with
+    braces (`train-{000000..001281}.tar`), several joined by `::`; or, on the command line only, `pipe:COMMAND` for each
+    tar."""
     classes: Annotated[str, Location] = "imagenet-1k"
-    """`imagenet-1k` (open_clip's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order), optionally
+    """`imagenet-1k` (CLIP's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order), optionally
     `folders` (an ImageFolder's folder names, in the same order) and `templates`."""
     shard_size: Annotated[int, Field(ge=1)] = 1000
     """Source samples per shard, about: whole tars stay whole where they can. Small shards make a short tail and lose little when a

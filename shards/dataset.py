@@ -59,7 +59,7 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, the user's own images (`OwnImages`), local or a URL; they are joined by key.
+    images: for runs that store labels only, the user's own images (`OwnImages`), local or at a URL, joined by key.
     temperature: which of the stored ones the logits are for, where the run stores the top k only. None: the first.
     cache: keeps remote tars on the local disk; without it, every sample is one ranged read.
     Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
@@ -96,7 +96,7 @@ class ShardDataset:
         return key
 
     def __getitem__(self, index: int) -> LabelledImage:
-        """Read one sample. Raises UserError naming the tar when it is missing or its bytes are not those that were written."""
+        """Read one sample. Raises UserError naming the tar when it is missing, or damaged where the sample lies."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         stored = self.read(index)
@@ -141,21 +141,22 @@ class ShardDataset:
             ) from error
 
     def pixels(self, index: int, stored: StoredSample) -> np.ndarray:
-        """The image of a sample, uint8 [H, W, 3]: the stored one, or the user's own of the same key. Raises UserError."""
+        """The image of a sample, uint8 [H, W, 3]: as stored, or the user's own of the same key. Raises UserError."""
         if stored.image is not None:
             return decode_pixels(stored.image, stored.where)
         if self.images is not None:
             return self.images.pixels(index, self.side)
         raise UserError(
-            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your own (images), "
-            "or make them anew with output.clean_images=true"
+            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your "
+            "own (images), or make them anew with output.clean_images=true"
         )
 
     def _canvas(self) -> int:
         side = self.info.recipe.get("canvas")
         if type(side) is not int or side < 1:
             raise UserError(
-                f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make the run anew"
+                f"{self.run.store.where(RUN)}: recipe.canvas: {side!r} is no number of pixels; restore it or make "
+                "the run anew"
             )
         return side
 
@@ -170,7 +171,7 @@ class ShardDataset:
         return OwnImages(images, self.index.keys, self.index.name)
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Bring the tars of shards near: into the cache, or a local file into the page cache. Raises UserError as reading does."""
+        """Bring the tars of shards near: into the cache, or a local one into memory. Raises UserError like reading."""
         for shard in shards:
             tar = self._tar(shard)
             if self.cache is not None:
@@ -179,9 +180,9 @@ class ShardDataset:
                 self.run.store.advise(tar.name)
 
     def check(self, *, content: bool = True, progress: bool = True, part: int = 0, parts: int = 1) -> None:
-        """Make sure that every tar of the stream is the one the manifest describes; of several parts, every parts-th tar.
+        """Make sure that every tar of the stream is the one the manifest describes.
 
-        Raises UserError naming the first that is not.
+        Of several parts, number ``part`` is every parts-th tar. Raises UserError naming the first tar that is another.
         """
         tars = list(self.index.tars.values())[part::parts]
         sizes = {} if content else self._sizes()
@@ -192,8 +193,8 @@ class ShardDataset:
         ) as bar:
             for tar in tars:
                 if sizes.get(tar.name) != tar.size and (why := self.run.tar_damage(tar, content=content)):
-                    again = f"run `make shards` again to repair it, or `python -m pipeline verify {self.run}` for the whole list"
-                    raise UserError(f"{why}; {again}")
+                    whole = f"`python -m pipeline verify {self.run}` for the whole list"
+                    raise UserError(f"{why}; run `make shards` again to repair it, or {whole}")
                 bar.update(tar.size)
 
     def _sizes(self) -> dict[str, int]:
