@@ -43,7 +43,7 @@ class Source:
     """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; or names of tars or Parquet files with
     braces (`train-{000000..001281}.tar`), separated by `::`; or, on the command line only, `pipe:COMMAND` per tar."""
     classes: Annotated[str, Location] = "imagenet-1k"
-    """`imagenet-1k` (open_clip's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order),
+    """`imagenet-1k` (CLIP's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order),
     optionally `folders` (an ImageFolder's folder names, in the same order) and `templates`."""
     shard_size: Annotated[int, Field(ge=1)] = 1000
     """Source samples per shard, about: tars are not split if they need not be. Small shards end a run evenly and lose
