@@ -128,8 +128,7 @@ def parquet_places(url: str) -> Iterator[tuple[str, Place]]:
         paths = _paths(file, url)
         size = max((file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)), default=0)
     if size > SLOW:
-        each = f"each image is read with its row group, of up to {size >> 20} MiB"
-        note(f"{url}: {each}; tars, class folders or smaller groups (row_group_size=1) are faster")
+        note(f"{url}: each image is read with its row group, of {size >> 20} MiB; tars or smaller groups are faster")
     for number, path in enumerate(paths):
         yield row_key(url, number, path), Place(url, number)
 
@@ -288,9 +287,8 @@ def _label_names(schema: pa.Schema, column: str) -> list[str]:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    is_struct = pa.types.is_struct(kind) and any(field.name == "bytes" for field in kind)
+    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _groups_and_size(url: str, classes: ClassList) -> tuple[list[int], int]:
