@@ -25,7 +25,7 @@ from shards import (
     soft_label_members,
 )
 from shards.codec import encode_array
-from shards.partners import partner_rows
+from shards.epochs.partners import partner_rows
 from shards.views import view_of_epoch
 
 MakeRun = Callable[..., Path]

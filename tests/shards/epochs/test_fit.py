@@ -81,7 +81,7 @@ def test_read_ahead_is_bounded(plain_run: Path, monkeypatch: pytest.MonkeyPatch,
     made = reader(plain_run)
     assert made.read_ahead(workers) == 4 * workers
     batch = 3 * 8 * 8 * sum(made.samples.values()) // made.steps
-    monkeypatch.setattr("shards.reader.READ_AHEAD", 13 * batch)
+    monkeypatch.setattr("shards.epochs.reader.READ_AHEAD", 13 * batch)
     assert made.read_ahead(workers) == workers * {1: 4, 2: 4, 12: 1, 100: 1}[workers]
     assert made.read_ahead(0) == 0
 
@@ -119,5 +119,5 @@ def test_streams_that_no_batch_size_mends(make_run: Callable[..., Path], tmp_pat
 def test_read_ahead_counts_the_images_that_are_made(plain_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times the side takes sixteen times the memory."""
     small, large = (TrainingReader(str(plain_run), batch_size=12, side=side) for side in (None, 4 * 8))
-    monkeypatch.setattr("shards.reader.READ_AHEAD", 4 * 3 * 8 * 8 * sum(small.samples.values()) // small.steps)
+    monkeypatch.setattr("shards.epochs.reader.READ_AHEAD", 4 * 3 * 8 * 8 * sum(small.samples.values()) // small.steps)
     assert (small.read_ahead(1), large.read_ahead(1)) == (4, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shards import seeded_generator
-from shards.plan import classes_in_windows, cut, plan_epoch
+from shards.epochs.plan import classes_in_windows, cut, plan_epoch
 
 SIZES = (9, 12, 0, 7, 11, 1, 14, 5)  # samples of each shard; one has none
 SHARDS = np.repeat(np.arange(len(SIZES)), SIZES)

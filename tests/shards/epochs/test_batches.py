@@ -80,5 +80,5 @@ def test_read_ahead_counts_copies(plain_run: Path, monkeypatch: pytest.MonkeyPat
     """Copies of clean images take memory; DAD images have no copies."""
     one, five = (reader(plain_run, 12, copies=copies) for copies in (1, 5))
     clean, dad = (one.samples[stream] for stream in ("clean", "dad"))
-    monkeypatch.setattr("shards.reader.READ_AHEAD", 4 * 3 * 8 * 8 * (clean + dad) // one.steps)
+    monkeypatch.setattr("shards.epochs.reader.READ_AHEAD", 4 * 3 * 8 * 8 * (clean + dad) // one.steps)
     assert (one.read_ahead(1), five.read_ahead(1)) == (4, 4 * (clean + dad) // (5 * clean + dad))
