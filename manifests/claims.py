@@ -26,7 +26,8 @@ from typing import TypeVar
 import pydantic
 
 from .errors import UserError
-from .files.store import HOST, Store, alive
+from .files.atomic import HOST
+from .files.store import Store, alive
 
 R = TypeVar("R")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from manifests import Execution, Location, RunDir, UserError, load_recipe, recipe_dataclass
 from manifests.recipe import Locations, apply_overrides, as_tree, make_recipe
@@ -24,7 +24,15 @@ from .method.teacher import Teacher
 
 # no control characters: a line break would begin a command of the job script
 SlurmValue = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")] | int | bool
+# options of sbatch that hold lines and words of the job's shell script
+SLURM_PROGRAMS = ("setup", "teardown", "srun_args", "additional_parameters")
 FOLDER = Path(__file__).parent / "recipes"
+
+
+def _no_programs(options: dict[str, Any]) -> dict[str, Any]:
+    if found := [name for name in SLURM_PROGRAMS if name in options]:
+        raise ValueError(f"a recipe is data and starts no programs; {found[0]} is not taken")
+    return options
 
 
 @recipe_dataclass
@@ -35,7 +43,7 @@ class Source:
     """A folder or fsspec URL of WebDataset tars, Parquet files or class folders; or names of tars or Parquet files with
     braces (`train-{000000..001281}.tar`), separated by `::`; or, on the command line only, `pipe:COMMAND` per tar."""
     classes: Annotated[str, Location] = "imagenet-1k"
-    """`imagenet-1k` (open_clip's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order),
+    """`imagenet-1k` (CLIP's names, the 1000 wnids as folders), or a YAML file: `classes` (names, in label order),
     optionally `folders` (an ImageFolder's folder names, in the same order) and `templates`."""
     shard_size: Annotated[int, Field(ge=1)] = 1000
     """Source samples per shard, about: tars are not split if they need not be. Small shards end a run evenly and lose
@@ -72,9 +80,9 @@ class Launch:
     ray: actors; None: one per GPU of the cluster, or per `threads` of its CPUs."""
     retries: Annotated[int, Field(ge=0), Execution] = 2
     """How often a shard is tried again after it failed or its worker died."""
-    slurm: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], Execution] = Field(
-        default_factory=dict
-    )
+    slurm: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z_]+$")], SlurmValue], AfterValidator(_no_programs), Execution
+    ] = Field(default_factory=dict)
     """Options of the array job by their sbatch names, with `_` for `-`: `partition`, `account`, `time` (minutes),
     `gpus_per_task` …"""
 

@@ -1,4 +1,4 @@
-"""Trust, re-established: every checksum and count of a run directory, and the teacher's word on random samples once more."""
+"""Checking a run directory: every checksum and count, and the teacher's answer on random samples once more."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from shards.codec import to_float
 
 from .job.models import Models, load_models
 from .method.discretizer import Discretizer
-from .method.teacher import weights_fingerprint
+from .method.teacher import announce_teacher, weights_fingerprint
 from .recipe import recipe_of
 from .speed.batch_size import ON_CPU
 
-# Largest difference of a logit that recomputing may show, relative to the largest logit of the sample. On the machine that made the
-# shards it is the rounding to float16 (2^-11); on another kind, sums run in another order: a few float16 steps, or one of bf16.
+# Largest difference of a logit that recomputing may show, relative to the sample's largest logit. The machine that made
+# the shards shows the rounding to float16 (2^-11); another kind sums in another order: some such steps, or one of bf16.
 TOLERANCE = {"fp32": 2**-9, "bf16": 2**-7}
 
 
 def problems(out: str) -> Iterator[str]:
-    """Everything in a run directory that is not as recorded, one line each, naming the file. Raises UserError when there is no run."""
+    """Everything in a run directory that is not as recorded, one line each, naming the file.
+
+    Raises UserError when there is no run.
+    """
     run = RunDir(out)
     info = run.info()
     found = False
@@ -56,7 +59,8 @@ def problems(out: str) -> Iterator[str]:
     for stream in ("clean", "dad"):
         for name in run.store.names(stream):
             if f"{stream}/{name}" not in known:
-                yield f"{run.store.where(f'{stream}/{name}')}: not in the manifest; remove it, or readers that list folders will use it"
+                where = run.store.where(f"{stream}/{name}")
+                yield f"{where}: not in the manifest; remove it, or readers that list folders will use it"
 
 
 def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iterator[str]:
@@ -67,12 +71,14 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
     run = RunDir(out)
     info = run.info()
     recipe, classes = recipe_of(run, overrides)
+    announce_teacher(recipe.teacher, run.store.where(RUN), overrides)
     models = load_models(
         replace(recipe, discretizer=Discretizer(kind="identity")), classes
     )  # the teacher alone is asked
     if (now := weights_fingerprint(models.teacher_model)) != info.fingerprints["teacher"]:
         raise UserError(
-            f"teacher.model: this is not the teacher that labelled {out} (fingerprint {now}, recorded {info.fingerprints['teacher']}); "
+            f"teacher.model: this is not the teacher that labelled {out} "
+            f"(fingerprint {now}, recorded {info.fingerprints['teacher']}); "
             "name the right one with --set teacher.model=…"
         )
     tolerance = TOLERANCE[recipe.precision]
@@ -88,7 +94,8 @@ def reinfer(out: str, count: int, seed: int, overrides: tuple[str, ...]) -> Iter
                 stored, again = view.logits[kept], found[kept]
                 difference = float((again - stored).abs().max() / stored.abs().max())
                 if not difference <= tolerance:  # NaN fails too
-                    yield f"{out}: {stream} sample {view.name}: logits differ by {difference:.2%} of the largest from the stored ones"
+                    differ = f"logits differ by {difference:.2%} of the largest from the stored ones"
+                    yield f"{out}: {stream} sample {view.name}: {differ}"
                 sees, saw = int(found.argmax()), int(view.logits.argmax())
                 if sees != saw and _margin(stored) > 2 * tolerance:
                     yield f"{out}: {stream} sample {view.name}: the teacher now sees class {sees}, not {saw}"
@@ -120,7 +127,7 @@ def _views(sample: LabelledImage) -> Iterator[_View]:
 
 
 def _infer(images: list[torch.Tensor], models: Models, batch: int) -> torch.Tensor:
-    """The teacher's logits. On a GPU the batch is filled up to the size that stage 1 used: another size may be summed in another order.
+    """The teacher's logits. On a GPU the batch is filled up to the size of stage 1: another size may sum differently.
 
     On a CPU a full batch of a GPU's would take minutes, and `TOLERANCE` allows for the difference.
     """
@@ -157,9 +164,11 @@ def _tar_problems(run: RunDir, tar: TarRecord, table: pa.Table) -> Iterator[str]
         return
     for (offset, sample), row in zip(samples, rows, strict=True):
         if sample.key != row["key"] or offset != row[f"{stream}_offset"]:
-            yield f"{where}: sample {sample.key} at byte {offset}, the manifest expects {row['key']} at {row[f'{stream}_offset']}"
+            expected = f"the manifest expects {row['key']} at {row[f'{stream}_offset']}"
+            yield f"{where}: sample {sample.key} at byte {offset}, {expected}"
         elif sample.members.get("cls") != str(row["label"]).encode():
-            yield f"{where}: sample {sample.key} has label {sample.members.get('cls')!r}, the manifest says {row['label']}"
+            found = sample.members.get("cls")
+            yield f"{where}: sample {sample.key} has label {found!r}, the manifest says {row['label']}"
         if stream == "dad" and row["status"] != "verified":
             yield f"{where}: sample {sample.key} is {row['status']}, only verified samples belong here"
 

@@ -15,10 +15,10 @@ Works without a GPU and without open_clip, taming or timm. Other rooms use:
 - `seeded_generator`: random numbers that depend on their purpose alone.
 """
 
-from .batches import Batch, StreamBatch
 from .codec import ImageFormat, decode_image, encode_image
 from .dataset import LabelledImage, ShardDataset
-from .reader import TrainingReader
+from .epochs.batches import Batch, StreamBatch
+from .epochs.reader import TrainingReader
 from .seeds import seeded_generator
 from .tar import Extent, Sample, TarWriter, iterate_tar
 from .views import ViewSettings, draw_views, replay, soft_label_members, view_images

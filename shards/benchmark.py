@@ -27,8 +27,8 @@ from manifests.rows import SCHEMA, encode_table
 from manifests.rundir import MANIFEST, tar_name
 
 from .codec import ImageFormat, decode_pixels, encode_array, encode_image, to_uint8
-from .plan import plan_epoch
-from .reader import TrainingReader
+from .epochs.plan import plan_epoch
+from .epochs.reader import TrainingReader
 from .tar import TarWriter
 
 BATCH = 64

@@ -57,7 +57,7 @@ class ShardDataset:
     >>> len(dataset), dataset.classes[dataset[0].label]
 
     stream: "clean" (every readable source image) or "dad" (verified adversarial ones).
-    images: for runs that store labels only, the user's own images (`OwnImages`), local or a URL; they are joined by key.
+    images: for runs that store labels only, the user's own images (`OwnImages`), local or at a URL, joined by key.
     temperature: at which a student will use the logits, if the run stores the top k only. None: the first one stored.
     cache: holds remote tars on the local disk; without it, every sample is one ranged read.
     Raises UserError for a run that is missing or not sealed, and for ``images`` that it does not need or cannot find.
@@ -139,14 +139,14 @@ class ShardDataset:
             ) from error
 
     def pixels(self, index: int, stored: StoredSample) -> np.ndarray:
-        """The image of a sample, uint8 [H, W, 3]: the stored one, or the user's own of the same key. Raises UserError."""
+        """The image of a sample, uint8 [H, W, 3]: as stored, or the user's own of the same key. Raises UserError."""
         if stored.image is not None:
             return decode_pixels(stored.image, stored.where)
         if self.images is not None:
             return self.images.pixels(index, self.side)
         raise UserError(
-            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your own (images), "
-            "or make them anew with output.clean_images=true"
+            f"{self.run}: its {self.stream} shards hold labels only, without images; name the folder or URL of your "
+            "own (images), or make them anew with output.clean_images=true"
         )
 
     def _canvas(self) -> int:

@@ -1,4 +1,4 @@
-"""Runs that store labels only: the images come from the user's own source, in any layout and from any URL, joined by key.
+"""Runs that store labels only take the images from the user's own source, in any layout and at any URL, joined by key.
 
 The source is listed once; where each image lies is then in the cache folder, as a memory-mapped file.
 """
@@ -29,9 +29,10 @@ from .tar import clean_key
 class OwnImages:
     """The images of a stream, in its order, wherever they lie in a source of the user's.
 
-    A folder or URL of tars, of Parquet files or of class folders, or a list of files with braces. Reading one image takes one read of
-    its bytes from a tar or a class folder; from a Parquet file it takes a row group, of which the last few stay in memory.
-    Raises UserError for a source without images, or one that lacks a key of the stream or holds it twice.
+    The source is a folder or URL of tars, Parquet files or class folders, or a list of files with braces. Reading an
+    image from a tar or a class folder reads its bytes alone; from a Parquet file it reads a row group, and the last
+    ones stay in memory. Raises UserError for a source without images, or one that lacks a key of the stream or holds
+    it twice.
     """
 
     def __init__(self, data: str | Path, keys: pa.StringArray, stream: str) -> None:

@@ -27,7 +27,7 @@ def write_hub() -> Callable[..., None]:
 
 
 def write_hub_parquet(path: Path, rows: Sequence[HubRow], names: Sequence[str] | None = None, group: int = 10) -> None:
-    """A file as `imagenet-1k` on the Hub: struct image{bytes, path}, int64 label, names in the ``huggingface`` metadata."""
+    """A file as `imagenet-1k` on the Hub: struct image{bytes, path}, int64 label, names in ``huggingface`` metadata."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     metadata: dict[str, Any] = {}
     if names is not None:

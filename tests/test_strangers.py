@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from .conftest import Told
+from manifests import UserError
+from pipeline.job.gallery import _draw, _Panel
+from trainer.evaluation.score import Score
+from trainer.tables.picture import picture
+from trainer.tables.results import Result
+
+from .conftest import ROOT, Told
 from .manifests.files.test_locations import attack, touched  # noqa: F401  # a fixture
 
 BRACES = "reference:{:file://A,:file://B}"
@@ -53,3 +61,29 @@ def test_stage_two(touched: Path, tmp_path: Path, field: str) -> None:  # noqa: 
     refused(
         cli_of_trainer("train", "--recipe", "demo", "--shards", bad, "--out", tmp_path / "o"), touched, "reference::"
     )
+
+
+@pytest.mark.parametrize("option", ["setup", "teardown", "srun_args", "additional_parameters"])
+def test_slurm_options_are_no_programs(world, option: str) -> None:  # type: ignore[no-untyped-def]
+    """submitit writes them into the script of the job: `srun_args: w` would start the program w."""
+    with pytest.raises(UserError, match=rf"launch\.slurm: .*{option} is not taken"):
+        world.load(f"launch.slurm.{option}=w")
+
+
+def test_dollar_signs_in_names_are_no_formulas() -> None:
+    """matplotlib would parse what stands between two of them, and fail on what is no mathematics."""
+    name = r"$\frac{$ bill"
+    panel = _Panel(label=name, pictures=[np.zeros((8, 8, 3), np.uint8)] * 4, verdicts=[(name, 0.5)] * 3, rejected=True)
+    assert _draw([panel]).startswith(b"\x89PNG")
+    result = Result(student=name, objective="dad", seed=0, scores={name: Score(right=1, images=2)})
+    assert picture([result]).startswith(b"\x89PNG")
+
+
+def test_each_door_of_the_list_is_there() -> None:
+    """docs/trust.md names, for every door, files and tests that exist."""
+    text = (ROOT / "docs" / "trust.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for path, test in named:
+        assert (ROOT / path).is_file(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(), (path, test)

@@ -29,8 +29,8 @@ class Recipe:
     shards: Annotated[str, Location] = "data/demo"
     """The run directory to learn from."""
     images: Annotated[str | None, Locations] = None
-    """Your own images, for runs whose clean shards hold labels only: a folder or URL in any layout of stage 1's `source.data`,
-    joined by key. None: images are in the shards."""
+    """Your own images, for runs whose clean shards hold labels only: a folder or URL in any layout of stage 1's
+    `source.data`, joined by key. None: images are in the shards."""
     student: str = "resnet18"
     """Any timm model name."""
     pretrained: str | None = None
@@ -73,8 +73,9 @@ class Recipe:
     """Take batch norm's statistics over all GPUs of a run. Without effect on one. Only with it do the
     curves of students with batch norm agree between numbers of GPUs."""
     validation: Annotated[str | None, Locations] = None
-    """Labelled images to choose the best checkpoint by (top-1): a folder or URL in any layout of stage 1's `source.data`. Class
-    folders are named as the classes, or as a `classes.yaml` (`classes`, `folders`) beside the set says. None: the last is the best."""
+    """Labelled images to choose the best checkpoint by (top-1): a folder or URL in any layout of stage 1's `source.data`.
+    Class folders have the names of classes, ImageNet's wnids, or what a `classes.yaml` (`classes`, `folders`) beside the
+    set says. None: the last checkpoint is the best."""
     device: Annotated[str, Execution] = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU when there is one."""
     workers: Annotated[int, Field(ge=0), Execution] = 0

@@ -12,7 +12,9 @@ from torch import nn
 
 from manifests import UserError, load_weights, one_line
 from manifests.devices import out_of_memory
+from manifests.files.weights import PART, find_weights
 from manifests.recipe import nearest
+from manifests.timm_names import check_timm_name
 
 
 class Student(nn.Module):
@@ -33,9 +35,8 @@ class Student(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a model that timm does not know."""
-    if not timm.is_model(name):
-        raise UserError(f"student: timm knows no model {name!r}{nearest(name, timm.list_models())}")
+    """Raises UserError for a model, or a tag, that timm does not know."""
+    check_timm_name(name, "student", timm)
 
 
 def create_student(
@@ -109,10 +110,10 @@ def fixed_size(name: str) -> bool:
 
 def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The model's name and timm's options for these weights; a file must hold every weight but the head's."""
-    path = Path(pretrained).expanduser()
+    path = Path(pretrained.rpartition(PART)[0] or pretrained).expanduser()
     if path.is_file():
-        weights = load_weights(path)
         fresh = timm.create_model(name, **options)
+        weights = load_weights(find_weights(pretrained, "pretrained"), fresh.state_dict().keys())
         heads = fresh.pretrained_cfg.get("classifier") or ()
         for key, value in fresh.state_dict().items():
             is_head = key.rpartition(".")[0] in ((heads,) if isinstance(heads, str) else heads)

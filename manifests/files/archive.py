@@ -1,8 +1,8 @@
 """The tensors of a torch zip archive that holds more than tensors, without running anything in it.
 
-Two kinds of published weights need this: Lightning checkpoints, whose pickle names callback and hyper-parameter classes beside
-the state dict, and TorchScript archives such as OpenAI's CLIP files. Every class that is not one of torch's tensor builders
-becomes an inert shell; no code of the archive, and no importable function that it names, is ever called.
+Two kinds of published weights need this: checkpoints of Lightning, timm and others, whose pickle names classes of
+settings beside the state dict, and TorchScript archives such as OpenAI's CLIP files. Every class that is not one of
+torch's tensor builders becomes an inert shell; no code of the archive, and no function that it names, is ever called.
 """
 
 from __future__ import annotations
@@ -21,34 +21,40 @@ import torch
 from ..errors import UserError, one_line
 
 _STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
     "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint or of a TorchScript module. Names are dotted; what is below ``state_dict`` is taken alone.
+    """The tensors of a torch archive by dotted names; where there is a ``state_dict``, what is below it alone.
+
+    Raises UserError for a file that is no zip archive of torch, is damaged, or holds no tensors.
+    """
+    root = read_root(path)
+    if isinstance(root, Mapping) and isinstance(root.get("state_dict"), Mapping):
+        root = root["state_dict"]
+    if not (tensors := dict(named_tensors(root))):
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+def read_root(path: Path) -> Any:
+    """What a torch archive holds, with an inert shell in place of every object that is neither a tensor nor plain data.
 
     Raises UserError for a file that is no zip archive of torch, or is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            folder = next(
-                name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1
-            ).split("/")[0]
-            root = _TensorsOnly(archive, folder).load()
-            if isinstance(root, Mapping) and isinstance(root.get("state_dict"), Mapping):
-                root = root["state_dict"]
-            tensors = dict(_walk(root, ""))
-    except UserError:
-        raise
+            pickles = (name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1)
+            root = _TensorsOnly(archive, next(pickles).split("/")[0]).load()
+            list(named_tensors(root))  # a tree without end is found here
+            return root
     except Exception as error:  # a damaged pickle can raise whatever its parser stumbles over
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{path}: not a torch archive that can be read without running it ({reason})") from error
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors")
-    return tensors
 
 
 def is_torchscript(path: Path) -> bool:
@@ -115,11 +121,12 @@ def _tensor(
     return storage.as_strided(size, stride, offset).clone()  # as_strided refuses what lies outside the storage
 
 
-def _walk(node: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(node: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested mappings and inert shells, with dotted names."""
     if isinstance(node, torch.Tensor):
         yield prefix, node
         return
     children = node.state if isinstance(node, _Inert) else node
     if isinstance(children, Mapping):
         for name, child in children.items():
-            yield from _walk(child, f"{prefix}.{name}" if prefix else str(name))
+            yield from named_tensors(child, f"{prefix}.{name}" if prefix else str(name))

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made or fetched again, on the disk of this machine, shared by all its processes."""
+"""Folders of things that can be made or fetched again, on this machine's disk, shared by all its processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import Unwritable, UserError
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder of one kind of kept things: below ``$DAD_CACHE``, else ``$XDG_CACHE_HOME/dad``, else ``~/.cache/dad``.
+    """The folder of one kind of things: below ``$DAD_CACHE``, else ``$XDG_CACHE_HOME/dad``, else ``~/.cache/dad``.
 
     Raises UserError for a user who has none of them.
     """
@@ -31,22 +31,22 @@ def cache_folder(kind: str) -> Path:
 
 @contextmanager
 def writing_cache(folder: Path) -> Iterator[None]:
-    """Turn what the disk of a cache folder refuses into one line. Raises Unwritable naming the folder and what moves it."""
+    """Turn disk errors in a cache folder into one line: Unwritable names the folder and the setting that moves it."""
     try:
         yield
     except (OSError, Unwritable) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = (isinstance(cause, OSError) and cause.strerror) or error
-        mend = "free some space, lower cache_gb, or set the environment variable DAD_CACHE to a folder on another local disk"
+        mend = "free some space, lower cache_gb, or set DAD_CACHE (environment) to a folder on another local disk"
         raise Unwritable(f"{folder}: cannot keep a cache here ({reason}); {mend}") from error
 
 
-_open: set[int] = set()  # files of locks that threads of this process hold or wait for
-_forking = threading.Lock()  # no fork between the opening or closing of one and its entry above
+_open: set[int] = set()  # lock files that threads of this process hold or wait for
+_forking = threading.Lock()  # no fork between opening or closing a file and noting it above
 
 
 def _close_in_child() -> None:
-    """A forked process shares its parent's open files, and with them their locks, which the parent could not let go of any more."""
+    """A forked child inherits the open lock files; unless it closes them, the parent can never release the locks."""
     for file in _open:
         os.close(file)
     _open.clear()
@@ -58,7 +58,7 @@ os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, a
 
 @contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """One holder on this machine. The kernel lets go when the holder dies. Raises Unwritable where the folder cannot hold locks."""
+    """Hold a lock of this machine; the kernel releases it when the holder dies. Raises Unwritable."""
     with writing_cache(folder), _forking:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)

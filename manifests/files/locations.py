@@ -1,7 +1,7 @@
 """Which locations may be opened: local paths, and URLs of the protocols listed here.
 
-fsspec opens far more than files: `reference://` renders templates, `::` chains file systems that unpack and run what the next
-one holds. A location may come from a stranger's recipe or run.json, so what is not on the list is refused before fsspec sees it.
+fsspec opens far more than files: `reference://` renders templates, and `::` chains file systems that interpret what
+the next one holds. A stranger's recipe or run.json may name a location, so fsspec sees only what the list allows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN = 120  # characters of a location in a message; an attack may be long
 
 
 def check_location(location: str, field: str | None = None) -> str:
-    """Return a location that may be opened: a path, or one URL of `PROTOCOLS` or of the environment variable DAD_PROTOCOLS.
+    """Return a location that may be opened: a path, or one URL of `PROTOCOLS` or of $DAD_PROTOCOLS.
 
     field: the recipe field or option that names it, for the message.
     Raises UserError for chained URLs (`::`), `data:` URIs and any other protocol.
@@ -51,5 +51,5 @@ def _protocol(location: str) -> str | None:
 
 
 def _added() -> frozenset[str]:
-    """Protocols that the user of this machine allows on top, separated by commas; no recipe can set an environment variable."""
+    """Protocols that the user allows on top, separated by commas; no recipe can set an environment variable."""
     return frozenset(name.strip() for name in os.environ.get(ENVIRONMENT, "").split(",") if name.strip())

@@ -1,7 +1,7 @@
-"""The one place that opens paths and URLs: a directory of files, local or on an object store (s3://, gs://, http:// …).
+"""The one place that opens paths and URLs: a directory of files, local or on an object store (s3://, gs://, …).
 
-A file appears under its final name only when complete: locally by temporary name, fsync and rename; on an object store by
-one PUT (or a multipart upload, which appears when it is completed). What a store says is never taken from a cache: other
+A file appears under its final name only when complete: locally by temporary name, fsync and rename; on an object
+store by one PUT (or a multipart upload, which appears when it is completed). Listings never come from a cache: other
 machines write there too.
 """
 
@@ -13,9 +13,7 @@ import hashlib
 import io
 import os
 import re
-import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -26,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import Unreachable, Unwritable, UserError, one_line
+from .atomic import HOST, link, write_file
 from .locations import check_location
 
 _CHUNK = 16 << 20  # bytes read at once
@@ -34,11 +33,10 @@ FORBIDDEN = (401, 403)  # what a web server answers however often it is asked
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(-\d+)?\.tmp$")
 _TRAILING_SLASHES = re.compile(r"(?<=[^:/])/+$")  # of "/" and "s3://" they stay
 T = TypeVar("T")
-HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
 
 
 class Store:
-    """A directory of files under a local path or a URL of `locations.PROTOCOLS`. Names are relative, with ``/`` between parts.
+    """A directory of files under a local path or a URL of `locations.PROTOCOLS`. Names are relative, parted by ``/``.
 
     Raises UserError for a chained URL, another protocol, or one whose package is not installed.
     """
@@ -95,11 +93,10 @@ class Store:
         if not self.is_local:
             return self._ask(name, lambda fs, path: bytes(fs.cat_file(path, start=offset, end=offset + size)))
         path = self._full(name)
-        # A file that was replaced is opened anew. By a Path, asking would take three times as long.
+        # A file that was replaced is opened anew. Path.stat takes three times as long.
         found = os.stat(path)  # noqa: PTH116
-        file = _descriptor(
-            path, os.getpid(), found.st_ino, found.st_mtime_ns
-        )  # held: another thread may crowd it out, which would close it
+        # keep a reference: another thread may evict this file from the cache, which closes it
+        file = _descriptor(path, os.getpid(), found.st_ino, found.st_mtime_ns)
         return os.pread(file.fileno(), size, offset)
 
     def advise(self, name: str) -> None:
@@ -113,7 +110,7 @@ class Store:
         return sorted(self._listing(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in a folder, by name, in one listing; without temporary ones. A link to a file is one.
+        """Bytes of each file directly in a folder, by name, from one listing. Links to files count.
 
         Files whose size a listing does not tell (http) are left out.
         """
@@ -128,7 +125,7 @@ class Store:
         return {name: entry["size"] for name, entry in files if not _TEMPORARY.match(name)}
 
     def _listed(self, folder: str, kind: str, is_kind: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, what fsspec says of it) of each entry of one kind. fsspec does not tell where a local link leads: ``is_kind`` does."""
+        """(name, fsspec's description) of each entry of one kind. ``is_kind`` tells where local links lead."""
         with contextlib.suppress(FileNotFoundError):
             for entry in self._ask(folder, lambda fs, path: fs.ls(path, detail=True)):
                 name = os.path.basename(entry["name"].rstrip("/"))
@@ -153,24 +150,24 @@ class Store:
         """
         with self._writing(name):
             if self.is_local:
-                _write_local(Path(self._full(name)), data, os.replace)
+                write_file(Path(self._full(name)), data, os.replace)
             else:
                 self._ask(name, lambda fs, path: fs.pipe_file(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file atomically unless there is one of that name already; returns whether this call made it.
 
-        Of several processes on several machines one wins; on an object store without conditional PUTs more than one may.
+        Of several processes on several machines one wins; on a store without conditional PUTs more than one may.
         """
         with self._writing(name):
             if self.is_local:
-                return _write_local(Path(self._full(name)), data, _link)
+                return write_file(Path(self._full(name)), data, link)
             try:
                 self._ask(name, lambda fs, path: fs.pipe_file(path, data, mode="create"))
             except FileExistsError:
                 try:
-                    return self.read(name) == data  # ours: an answer that got lost was asked for again
-                except FileNotFoundError:  # somebody else's, and given up meanwhile
+                    return self.read(name) == data  # ours: the answer to the first request was lost
+                except FileNotFoundError:  # another process made it and removed it since
                     return False
             return True
 
@@ -210,7 +207,8 @@ class Store:
                 raise Unwritable(f"{self.where(name)}: cannot write here ({error}); choose another place") from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Unwritable(
-                    f"{self.where(name)}: the disk is full; free some space and run the same command again (finished shards are kept)"
+                    f"{self.where(name)}: the disk is full; free some space and run the same command again "
+                    "(finished shards are kept)"
                 ) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise Unwritable(
@@ -219,9 +217,9 @@ class Store:
             raise
 
     def _ask(self, name: str, request: Callable[[Any, str], T]) -> T:
-        """``request(file system, path)``. An object store that fails is asked again, beyond what its client does by itself.
+        """``request(file system, path)``, repeated if an object store fails, beyond what its client repeats by itself.
 
-        Raises Unreachable naming the URL when it keeps failing; what it says about the file (none, one already) passes as it is.
+        Raises Unreachable, naming the URL, when it keeps failing; FileNotFoundError and FileExistsError pass.
         """
         if self.is_local:
             return request(self.fs, self._full(name))
@@ -231,9 +229,7 @@ class Store:
                 return request(self.fs, self._full(name))
             except (FileNotFoundError, FileExistsError):
                 raise
-            except (
-                Exception
-            ) as error:  # every client has its own classes for no credentials, no connection, no permission
+            except Exception as error:  # every client has classes of its own for credentials, connection, permission
                 pause = next(pauses)
                 if pause is None or isinstance(error, PermissionError) or getattr(error, "status", None) in FORBIDDEN:
                     reason = one_line(error) or type(error).__name__
@@ -285,7 +281,7 @@ class _RemoteFile(io.RawIOBase):
 
 @lru_cache(maxsize=256)
 def _descriptor(path: str, _pid: int, _inode: int, _modified: int) -> IO[bytes]:
-    """An open file; the process id keeps forked loader workers from sharing one. Closed when it falls out of the cache."""
+    """An open file, closed when it leaves the cache. The process id keeps forked loader workers from sharing one."""
     return open(path, "rb")
 
 
@@ -296,41 +292,8 @@ def _open(url: str, _pid: int) -> tuple[Any, str]:
     return fs, root
 
 
-def _write_local(path: Path, data: bytes | memoryview, place: Callable[[Path, Path], bool | None]) -> bool:
-    """``place(temporary, path)`` gives the finished file its name; False: the name was taken, and what is there stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{HOST}.{os.getpid()}-{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        placed = place(temporary, path) is not False
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
-    return placed
-
-
-def _link(temporary: Path, path: Path) -> bool:
-    """A second name for the file, which the file system refuses when there is one already."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: not exclusive, and nothing depends on that
-        if path.exists():
-            return False
-        os.replace(temporary, path)
-    return True
-
-
 def alive(pid: int) -> bool:
-    """Whether a process of this machine still runs. One that was killed and not yet collected by its parent does not."""
+    """Whether a process of this machine still runs. A killed one that its parent has not collected does not."""
     try:
         os.kill(pid, 0)
         return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")

@@ -105,7 +105,9 @@ def _draw(panels: list[_Panel]) -> bytes:
                 axis.add_patch(
                     Rectangle((-0.5, -0.5), wide, tall, fill=False, edgecolor="crimson", linewidth=5, clip_on=False)
                 )
-            axis.text(0.5, -0.06, caption, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=colour)
+            # parse_math: a class name with dollar signs is no formula
+            place = {"transform": axis.transAxes, "ha": "center", "va": "top", "parse_math": False}
+            axis.text(0.5, -0.06, caption, fontsize=9, color=colour, **place)
     margins = {"top": 1 - 0.35 / height, "bottom": 0.25 / height}
     figure.subplots_adjust(left=0.01, right=0.99, wspace=0.05, hspace=0.22, **margins)
     buffer = io.BytesIO()

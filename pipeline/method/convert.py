@@ -6,23 +6,23 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from manifests import Store, UserError
-from manifests.files.archive import read_tensors
+from manifests import Store, UserError, load_weights
 
 PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+CODEBOOK = "quantize.embedding.weight"
 
 
 def convert_vqgan(source: Path, target: Path) -> tuple[int, int]:
-    """Write the VQGAN's tensors of a CompVis/Lightning checkpoint to a safetensors file; returns (tensors kept, left out).
+    """Write the VQGAN's tensors of a checkpoint to a safetensors file; returns (tensors kept, left out).
 
-    Nothing in the checkpoint is executed: its callbacks and hyper-parameters are passed over, its loss network is left out.
-    Raises UserError when the file is no torch archive or holds no VQGAN.
+    It knows every layout that loading knows. Nothing in the checkpoint is run: callbacks and settings are passed over,
+    and the loss network is left out. Raises UserError when the file is no checkpoint or holds no VQGAN.
     """
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: name the output OUT.safetensors")
-    tensors = read_tensors(source)
+    tensors = load_weights(source, [CODEBOOK])
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name.startswith(PARTS)}
-    if "quantize.embedding.weight" not in kept:
-        raise UserError(f"{source}: holds no VQGAN (no quantize.embedding.weight among its {len(tensors)} tensors)")
+    if CODEBOOK not in kept:
+        raise UserError(f"{source}: holds no VQGAN (no {CODEBOOK} among its {len(tensors)} tensors)")
     Store(target.parent).write(target.name, save(kept))
     return len(kept), len(tensors) - len(kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,13 @@ import yaml
 from pydantic import BeforeValidator
 from torch import nn
 
-from manifests import Location, UserError, find_file, load_weights, one_line, recipe_dataclass
-from manifests.recipe import nearest
+from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
+from manifests.files.weights import find_weights
+from manifests.notes import note
+from manifests.recipe import apply_overrides, make_recipe, nearest
+from manifests.rundir import RUN
 
-from .diffusion import DiffusionConfig, load_diffusion
+from .diffusion import DiffusionConfig, is_download, load_diffusion
 
 RANDOM = "random"
 NEAREST_CHUNK = 8192  # tokens whose distances to all codes are in memory at once: 8192 x 16384 float32 is 512 MiB
@@ -97,11 +100,9 @@ class Discretizer:
     kind: Literal["vqgan", "identity", "diffusion"] = "vqgan"
     """identity: no discretization, plain adversarial examples. diffusion: Stable Diffusion (paper, table 10)."""
     weights: Annotated[str | None, Location] = None
-    """Checkpoint in taming's layout (safetensors, or a torch file of tensors; `convert-vqgan` makes one from others),
-    or `random`."""
+    """Checkpoint in taming's or latent diffusion's layout (safetensors or a torch file), or `random`."""
     config: NamedConfig = VQGANConfig()
-    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), taming's YAML file,
-    or its fields."""
+    """Shape of the VQGAN: a known name (f8-16384, f8-256, f4-8192, f16-1024, f16-16384), a YAML file, or fields."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Settings of kind diffusion; ``weights`` is then a folder in diffusers' layout, or a model of the Hub."""
 
@@ -201,8 +202,9 @@ def load_discretizer(config: VQGANConfig, weights: str | None, kind: str = "vqga
         raise UserError(f"discretizer.config: no VQGAN has this shape ({one_line(error)})") from error
     if weights == RANDOM:
         return vqgan.eval()
-    path: Path = find_file(weights, "discretizer.weights")
-    state = {name: value for name, value in load_weights(path).items() if not name.startswith("loss.")}
+    path: Path = find_weights(weights, "discretizer.weights")
+    state = load_weights(path, vqgan.state_dict().keys())
+    state = {name: value for name, value in state.items() if not name.startswith("loss.")}
     try:
         vqgan.load_state_dict(state)
     except RuntimeError as error:
@@ -216,3 +218,21 @@ def build_discretizer(settings: Discretizer) -> nn.Module:
     if settings.kind == "diffusion":
         return load_diffusion(settings.diffusion, settings.weights)
     return load_discretizer(settings.config, settings.weights, settings.kind)
+
+
+def discretizer_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> nn.Module:
+    """Build the discretizer of a run on the CPU. overrides: ``discretizer.weights=…``, as on the command line.
+
+    Raises UserError when its file is not where run.json says, or when only run.json names a download.
+    """
+    tree = apply_overrides({"discretizer": info.recipe["discretizer"]}, overrides)
+    settings: Discretizer = make_recipe(Discretizer, tree["discretizer"], RUN, overrides)
+    weights = settings.weights or ""
+    if settings.kind == "diffusion":
+        if is_download(weights) and not any(override.startswith("discretizer.weights=") for override in overrides):
+            raise UserError(
+                f"{RUN}: discretizer.weights: {weights} would be downloaded because this file names it; if you want that "
+                f"model, say so with --set discretizer.weights={weights}, or name a local folder"
+            )
+        note(f"{RUN} names the discretizer: {weights}; it is loaded now")
+    return build_discretizer(settings)

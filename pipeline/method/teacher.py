@@ -6,7 +6,6 @@ A teacher owns its differentiable resize and its normalisation, so that attacks 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
-from manifests.files.archive import is_torchscript, read_tensors
-from manifests.files.weights import files_fingerprint, tensors_sha256
-from manifests.recipe import make_recipe, nearest
+from manifests.files.weights import find_weights, tensors_sha256
+from manifests.notes import note
+from manifests.recipe import apply_overrides, make_recipe
+from manifests.rundir import RUN
+from manifests.timm_names import check_timm_name
 from shards.sources.classes import ClassList, find_classes, load_templates
 
+from .open_clip_models import HUB, RANDOM, embed_dim, load_open_clip, pretrained_tags
 from .zero_shot import cached_head
 
-LOCAL = "local-dir:"
-RANDOM = "random"  # as weights: for trying out and measuring, without a file
 PRETRAINED = "pretrained"
 OPENAI_MEAN, OPENAI_STD = (
     (0.48145466, 0.4578275, 0.40821073),
@@ -40,10 +40,12 @@ class Teacher:
     kind: Literal["open_clip", "timm"] = "open_clip"
     """open_clip: zero-shot from class names and prompt templates. timm: a classifier over the same classes."""
     model: Annotated[str, Location]
-    """open_clip: a model name, or `local-dir:FOLDER` (open_clip_config.json, weights, optional bpe.txt.gz). timm: a model name."""
+    """open_clip: a model name, `local-dir:FOLDER` (open_clip_config.json, weights, bpe.txt.gz) or `hf-hub:NAME`.
+    timm: a model name."""
     weights: Annotated[str | None, Location] = None
-    """A checkpoint file (OpenAI's own archives are known as such; other files of its weights need a `…-quickgelu` model), a
-    pretrained tag of open_clip such as `openai`, `pretrained` for timm's own, or `random` to try out and measure. None for `local-dir:`."""
+    """A checkpoint file (OpenAI's own archives are recognised; other files of its weights need a `…-quickgelu` model;
+    timm: `FILE#state_dict_ema` takes the average), a pretrained tag of open_clip such as `openai`, `pretrained` for
+    timm's own, or `random` to try out and measure. None for `local-dir:` and `hf-hub:`."""
     templates: Annotated[str | None, Location] = None
     """YAML file with `templates`, or `openai` for the 80 ImageNet templates. None: those of `source.classes`."""
 
@@ -51,9 +53,9 @@ class Teacher:
 class TeacherModel(nn.Module):
     """Resize, normalise, embed, compare with a head: logits [B, classes].
 
-    size: side of the model's input; mean, std: its normalisation; head: [D, classes], applied to unit features and scaled by
-    ``scale`` (zero-shot), or None when the model returns logits itself. made_from: what decides the function beside the
-    weights (architecture, class names, prompts), for the fingerprint.
+    size: side of the model's input; mean, std: its normalisation; head: [D, classes], applied to unit features and
+    scaled by ``scale`` (zero-shot), or None when the model returns logits itself. made_from: what decides the function
+    beside the weights (architecture, class names, prompts), for the fingerprint.
     """
 
     mean: torch.Tensor
@@ -83,8 +85,8 @@ class TeacherModel(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1] -> logits [B, classes] float32.
 
-        A canvas of another side than the model's is resized. On CUDA torch adds up the gradient of that in any order, so the last bits of
-        an attack may differ from run to run there; a canvas of the model's own side repeats its bits.
+        A canvas of another side than the model's is resized. On CUDA torch sums the resize's gradient in any order,
+        so an attack's last bits may differ from run to run; a canvas of the model's own side repeats its bits.
         """
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(
@@ -102,7 +104,7 @@ class TeacherModel(nn.Module):
 def load_teacher(
     settings: Teacher, classes: ClassList, device: torch.device | str = "cpu", *, with_head: bool = True
 ) -> TeacherModel:
-    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for its fingerprint only, it cannot classify.
+    """Build the teacher that a recipe asks for, on a device. ``with_head=False``: for a fingerprint only.
 
     Raises UserError for unknown names, missing or unreadable weights.
     """
@@ -111,17 +113,48 @@ def load_teacher(
     return _open_clip_teacher(settings, classes, torch.device(device), with_head=with_head).to(device)
 
 
-def teacher_of_run(info: RunInfo) -> TeacherModel:
-    """The teacher that a run was made with, on the CPU. Raises UserError when its files are not where run.json says."""
+def teacher_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> TeacherModel:
+    """The teacher that a run was made with, on the CPU. overrides: ``teacher.model=…``, as given on the command line.
+
+    Raises UserError when its files are not where run.json says, or when only run.json names a download.
+    """
+    tree = apply_overrides({"teacher": info.recipe["teacher"]}, overrides)
     classes, _ = find_classes(info.recipe["source"]["classes"])
-    settings: Teacher = make_recipe(Teacher, info.recipe["teacher"], "run.json")
+    settings: Teacher = make_recipe(Teacher, tree["teacher"], RUN, overrides)
+    announce_teacher(settings, RUN, overrides)
     return load_teacher(settings, replace(classes, names=tuple(info.classes)))
+
+
+def announce_teacher(settings: Teacher, where: str, overrides: Sequence[str]) -> None:
+    """Print a note, before loading, that says which teacher ``where`` (a run.json) names.
+
+    Raises UserError for a download that the command line does not name itself: the run may be a stranger's.
+    """
+    if (found := _download(settings)) is not None:
+        field, name = found
+        if not any(override.startswith(f"{field}=") for override in overrides):
+            raise UserError(
+                f"{where}: {field}: {name} would be downloaded because this file names it; if you want that model, "
+                f"say so with --set {field}={name}, or name a local one"
+            )
+    weights = "" if settings.weights is None else f" with weights {settings.weights}"
+    note(f"{where} names the teacher: {settings.kind} {settings.model}{weights}; it is loaded now")
+
+
+def _download(settings: Teacher) -> tuple[str, str] | None:
+    """(field, value) of what would make loading fetch something from the network; None for files and random weights."""
+    if settings.kind == "timm":
+        return ("teacher.weights", PRETRAINED) if settings.weights == PRETRAINED else None
+    if settings.model.startswith(HUB):
+        return "teacher.model", settings.model
+    tags = pretrained_tags(settings.model) if settings.weights else []
+    return ("teacher.weights", str(settings.weights)) if settings.weights in tags else None
 
 
 def weights_fingerprint(model: nn.Module) -> str:
     """sha256 (first 16 hex digits) over every parameter and buffer of a model, and a teacher's ``made_from``.
 
-    The zero-shot head is left out: it is computed, so its last bits depend on the processor. What it is computed from is covered.
+    The zero-shot head is left out: its last bits depend on the processor. What it is computed from is covered.
     """
     tensors = {
         name: value
@@ -133,27 +166,16 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _open_clip_teacher(settings: Teacher, classes: ClassList, device: torch.device, *, with_head: bool) -> TeacherModel:
-    if settings.model.startswith(LOCAL):
-        folder = find_file(settings.model.removeprefix(LOCAL), "teacher.model")
-        model, tokenizer, bpe = _load_local_folder(folder)
-        architecture = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    else:
-        model, tokenizer = _load_open_clip(settings)
-        architecture, bpe = settings.model, None
-    model.eval()
-    function = {"model": architecture, "quick_gelu": _has_quick_gelu(model), "tokenizer": bpe}
+    model, tokenizer, function = load_open_clip(settings.model, settings.weights)
+    templates: Sequence[str] = ()
     if settings.weights == RANDOM:
-        templates: Sequence[str] = ()
-        head = F.normalize(
-            torch.randn(_embed_dim(architecture), len(classes.names), generator=torch.Generator().manual_seed(0)), dim=0
-        )
+        seeded = torch.Generator().manual_seed(0)
+        head = F.normalize(torch.randn(embed_dim(function["model"]), len(classes.names), generator=seeded), dim=0)
     else:
         templates = _templates(settings, classes)
-        head = (
-            cached_head(model.to(device), tokenizer, classes.names, templates, function)
-            if with_head
-            else torch.empty(0)
-        )
+        head = torch.empty(0)
+        if with_head:
+            head = cached_head(model.to(device), tokenizer, classes.names, templates, function)
     size = model.visual.image_size
     preprocess = getattr(model.visual, "preprocess_cfg", {})
     return TeacherModel(
@@ -162,104 +184,10 @@ def _open_clip_teacher(settings: Teacher, classes: ClassList, device: torch.devi
         mean=preprocess.get("mean", OPENAI_MEAN),
         std=preprocess.get("std", OPENAI_STD),
         head=head,
-        scale=float(
-            model.logit_scale.detach().exp()
-        ),  # SigLIP's logit_bias, the same for all classes, changes no softmax and no argmax
+        # SigLIP's logit_bias, the same for all classes, changes no softmax and no argmax
+        scale=float(model.logit_scale.detach().exp()),
         made_from={**function, "classes": classes.names, "templates": templates},
     )
-
-
-def _embed_dim(architecture: str | Mapping[str, Any]) -> int:
-    """Width of the features that images and texts share; the text tower says it in another place in every kind of model."""
-    import open_clip
-
-    config: Any = open_clip.get_model_config(architecture) if isinstance(architecture, str) else architecture
-    return int(config["embed_dim"])
-
-
-def _has_quick_gelu(model: nn.Module) -> bool:
-    """The same weights are another function with the other activation, and the model's name does not tell which."""
-    return any(type(module).__name__ == "QuickGELU" for module in model.modules())
-
-
-def _load_local_folder(folder: Path) -> tuple[Any, object, str | None]:
-    """(model, tokenizer, fingerprint of the folder's own vocabulary) of open_clip's ``local-dir:`` layout."""
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.p*t*")):
-        raise UserError(f"teacher.model: {folder}: holds no weights (open_clip_model.safetensors)")
-    vocabulary = folder / "bpe.txt.gz"
-    if not vocabulary.exists():
-        return *_create(f"{LOCAL}{folder}", None), None
-    return *_create(f"{LOCAL}{folder}", None, bpe_path=str(vocabulary)), files_fingerprint([vocabulary])
-
-
-def _load_open_clip(settings: Teacher) -> tuple[Any, object]:
-    """(model, tokenizer) by name, with a pretrained tag, a checkpoint file, or random weights."""
-    import open_clip
-
-    name, weights = settings.model, settings.weights
-    if name.startswith("hf-hub:"):
-        return _create(name, None)  # the hub's directory holds the weights
-    if name not in open_clip.list_models():
-        raise UserError(f"teacher.model: open_clip knows no model {name!r}{nearest(name, open_clip.list_models())}")
-    if weights is None:
-        raise UserError("teacher.weights: name a checkpoint file or a pretrained tag such as openai")
-    if weights == RANDOM:
-        return _create(name, RANDOM)
-    if weights in open_clip.list_pretrained_tags_by_model(
-        name
-    ):  # open_clip itself would only warn of the wrong activation
-        return _create(
-            name, weights, force_quick_gelu=bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
-        )
-    path = find_file(weights, "teacher.weights")
-    if not is_torchscript(path):
-        return _create(name, str(path), force_preprocess_cfg=_normalisation(name))
-    model, tokenizer = _create(
-        name, None, force_quick_gelu=True
-    )  # OpenAI's own files; its models use QuickGELU throughout
-    state = {
-        name: value
-        for name, value in read_tensors(path).items()
-        if name not in ("input_resolution", "context_length", "vocab_size")
-    }
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"teacher.weights: {path}: does not fit {name}: {one_line(error)}") from error
-    return model, tokenizer
-
-
-def _normalisation(name: str) -> dict[str, Any] | None:
-    """Mean and deviation that all of open_clip's own weights of a model share: a file does not tell, and OpenAI's would be taken."""
-    import open_clip
-
-    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    found = {
-        (tuple(config["mean"]), tuple(config["std"])) for config in configs if config.get("mean") and config.get("std")
-    }
-    return dict(zip(("mean", "std"), found.pop(), strict=True)) if len(found) == 1 else None
-
-
-def _create(name: str, weights: str | None, *, bpe_path: str | None = None, **options: Any) -> tuple[Any, object]:
-    """open_clip's model (options: of its `create_model`) and tokenizer; with random weights no tokenizer, which may be a download.
-
-    Raises UserError for whatever open_clip or a download raises.
-    """
-    import open_clip
-
-    before = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs every step of loading to the root logger
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = open_clip.create_model(name, pretrained=None if weights == RANDOM else weights, **options)
-        if weights == RANDOM:
-            return model, None
-        return model, open_clip.get_tokenizer(name, **({"bpe_path": bpe_path} if bpe_path else {}))
-    except Exception as error:
-        raise UserError(f"teacher: cannot load {name} with weights {weights}: {one_line(error, 300)}") from error
-    finally:
-        logging.getLogger().setLevel(before)
 
 
 def _templates(settings: Teacher, classes: ClassList) -> Sequence[str]:
@@ -279,10 +207,7 @@ def _templates(settings: Teacher, classes: ClassList) -> Sequence[str]:
 def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
     import timm
 
-    if not timm.is_model(settings.model):
-        raise UserError(
-            f"teacher.model: timm knows no model {settings.model!r}{nearest(settings.model, timm.list_models())}"
-        )
+    check_timm_name(settings.model, "teacher.model", timm)
     if settings.weights is None:
         raise UserError(
             "teacher.weights: name a checkpoint file of the timm model, or `pretrained` for timm's own weights"
@@ -293,9 +218,9 @@ def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
     if settings.weights == PRETRAINED:
         _load_timm_pretrained(model, settings.model, len(classes.names))
     elif settings.weights != RANDOM:
-        path: Path = find_file(settings.weights, "teacher.weights")
+        path: Path = find_weights(settings.weights, "teacher.weights")
         try:
-            model.load_state_dict(load_weights(path))
+            model.load_state_dict(load_weights(path, model.state_dict().keys()))
         except RuntimeError as error:
             reason = one_line(error)
             raise UserError(
@@ -312,13 +237,17 @@ def _timm_teacher(settings: Teacher, classes: ClassList) -> TeacherModel:
 
 
 def _load_timm_pretrained(model: nn.Module, name: str, classes: int) -> None:
-    """timm's own weights, downloaded on first use. Raises UserError for a tag of another number of classes (its head would be random)."""
+    """timm's own weights, downloaded on first use.
+
+    Raises UserError for a tag of another number of classes, whose head would be random.
+    """
     import timm
 
     config: Any = model.pretrained_cfg
     if config.get("num_classes") != classes:
         raise UserError(
-            f"teacher.weights: timm's {name} was trained on {config.get('num_classes')} classes, the class list has {classes}"
+            f"teacher.weights: timm's {name} was trained on {config.get('num_classes')} classes, "
+            f"the class list has {classes}"
         )
     try:
         timm.models.load_pretrained(model, pretrained_cfg=config, num_classes=classes)

@@ -1,4 +1,4 @@
-"""The zero-shot head: class names and prompt templates as the weights of a linear classifier, computed once and kept."""
+"""The zero-shot head: class names and prompt templates as a linear classifier's weights, computed once and kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORTH_KEEPING = 5000  # prompts; fewer are embedded anew every time
 
 
 def zero_shot_head(model: nn.Module, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    """Mean text embedding of each class over all templates, as unit vectors: [D, classes] (Radford et al., 2021, sec. 3.1.4)."""
+    """Mean text embedding of each class over all templates, as unit vectors: [D, classes] (CLIP, sec. 3.1.4)."""
     device = next(model.parameters()).device
     columns = []
     with (

@@ -19,7 +19,7 @@ from .compose import EVALUATION
 
 
 def evaluation_table(data: str, batch: int = 250) -> str:
-    """Markdown: set, images, top-1 on x, top-1 on Q(x), mean absolute error of Q(x). data: the folder or URL of the sets."""
+    """Markdown: set, images, top-1 on x and on Q(x), mean absolute error of Q(x). data: folder or URL of the sets."""
     recipe, classes = load("demo"), load_classes(TEACHER_DIR / "prompts.yaml")
     models = load_models(recipe, classes)
     lines = ["| set | images | top-1 on x | top-1 on Q(x) | mean abs. error of Q(x) |", "|---|---|---|---|---|"]
@@ -34,15 +34,14 @@ def evaluation_table(data: str, batch: int = 250) -> str:
                     right_q += int((models.teacher(discrete).argmax(1) == y).sum())
                 error += float((discrete - x).abs().mean()) * len(x)
                 count += len(x)
-            lines.append(
-                f"| {name} | {count:,} | {100 * right / count:.1f} | {100 * right_q / count:.1f} | {error / count:.4f} |"
-            )
+            top1, top1_q = 100 * right / count, 100 * right_q / count
+            lines.append(f"| {name} | {count:,} | {top1:.1f} | {top1_q:.1f} | {error / count:.4f} |")
             bar.update()
     return "\n".join(lines)
 
 
 def _batches(images: ImageSet, side: int, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(x [B, 3, side, side] in [0, 1], labels [B]). Raises UserError for an image that cannot be used: the demo has none."""
+    """(x [B, 3, side, side] in [0, 1], labels [B]). Raises UserError for an unusable image: the demo has none."""
     images.check()
     pictures = images.pictures(side)
     while some := list(itertools.islice(pictures, batch)):

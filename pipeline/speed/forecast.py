@@ -24,7 +24,8 @@ from shards.views import soft_label_members
 from ..job.models import Models, compile_models, models_on_device, resolve_precision
 from ..job.prepare import Prepared, prepare_sample
 from ..method.discretizer import build_discretizer
-from ..method.teacher import RANDOM, load_teacher
+from ..method.open_clip_models import RANDOM
+from ..method.teacher import load_teacher
 from ..recipe import Recipe, source_of
 from .batch_size import images_per_second, resolve_batch
 from .measure import TrialBatch, count_flops, device_name, model_parts, timed

@@ -1,9 +1,9 @@
-"""The one reader of people's images, for all uses: an ImageFolder, WebDataset tars, or Parquet files, local or behind any fsspec URL.
+"""The one reader of people's images, for all uses: class folders, WebDataset tars or Parquet files, local or at a URL.
 
-- `find_source` cuts a source into pieces that become shards, from listings, tar headers and Parquet footers alone; `Piece.samples` reads
-  one piece.
-- `open_set` opens a labelled set for measuring: `ImageSet.check` reads headers and labels, `ImageSet.pictures` every image.
-- `find_layout` tells the layouts apart; `places` of a layout say where each key lies, for runs that store labels only.
+- `find_source` cuts a source into pieces that become shards, from listings, tar headers and Parquet footers alone;
+  `Piece.samples` reads one piece.
+- `open_set` opens a labelled set for measuring: `ImageSet.check` reads headers and labels, `pictures` every image.
+- `find_layout` tells the layouts apart. A `Place` says where one image lies, for runs that store labels only.
 
 Keys depend on the names in the source, labels on the class list (`classes`); neither on the order of listing.
 """

@@ -1,4 +1,4 @@
-"""The class list: names in label order, and what folders and prompts go with them. Labels never come from directory order."""
+"""The class list: names in label order, with their folders and prompts. Labels never come from directory order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from manifests import Store, UserError, find_file, one_line
 from manifests.recipe import fingerprint
 
-from .files import store_of
+from .files import common_extension, expand, store_of
 
 IMAGENET = "imagenet-1k"
 LISTS = ("classes.yaml", "classes.json")  # names of a class list's file beside image sets
@@ -30,7 +30,7 @@ class ClassList:
 
 
 def find_classes(name: str) -> tuple[ClassList, str]:
-    """The class list that a recipe's ``source.classes`` names, and its fingerprint: of names and folders, not of templates.
+    """The class list that a recipe's ``source.classes`` names, and the fingerprint of its names and folders.
 
     Raises UserError when there is none.
     """
@@ -40,15 +40,16 @@ def find_classes(name: str) -> tuple[ClassList, str]:
 
 @lru_cache(maxsize=1)
 def imagenet_classes() -> ClassList:
-    """The 1000 classes of ImageNet: names as CLIP's authors curated them, wnids as folders, in the benchmark's order."""
+    """ImageNet's 1000 classes: names as CLIP's authors curated them, wnids as folders, in the benchmark's order."""
     return load_classes(Path(__file__).parent / f"{IMAGENET}.yaml")
 
 
 def classes_for(names: Sequence[str], images: str) -> ClassList:
-    """The class list for a run's own image sets, whose ``run.json`` or ``student.json`` records the ``names`` alone.
+    """The class list by which to read the image set ``images``. names: the classes of a run or student, in label order.
 
-    Folders come from a ``classes.yaml`` or ``classes.json`` in the folder above ``images``; without one, ImageNet's names have the
-    wnids, and other classes have folders of their own names. Raises UserError when the file lists other classes.
+    Folders come from a ``classes.yaml`` or ``classes.json`` in the folder above ``images``. Without one, ImageNet's
+    names have the wnids, and other classes have folders of their own names. Raises UserError when the file lists
+    other classes.
     """
     names = tuple(names)
     mend = f"list `classes` and the `folders` of their images, in label order, in {above(images).where(LISTS[0])}"
@@ -66,8 +67,8 @@ def classes_for(names: Sequence[str], images: str) -> ClassList:
 def classes_beside(images: str) -> tuple[ClassList, str] | None:
     """The class list in the folder above an image set, and its place; None where there is no such file.
 
-    ``classes.yaml`` (or JSON) holds ``classes`` and ``folders`` as `load_classes` reads them; ``classes.json`` may also be a plain list
-    of names, which leaves ``folders`` empty. Raises UserError for a file that is neither.
+    ``classes.yaml`` (or JSON) holds ``classes`` and ``folders`` as `load_classes` reads them. ``classes.json`` may
+    also be a plain list of names, which leaves ``folders`` empty. Raises UserError for a file that is neither.
     """
     folder = above(images)
     for name in LISTS:
@@ -89,8 +90,9 @@ def classes_beside(images: str) -> tuple[ClassList, str] | None:
 
 
 def above(images: str) -> Store:
-    """The folder above an image set: beside it lie the other sets and their class list."""
-    return store_of(images.rstrip("/"))
+    """The folder above an image set, where the other sets and their class list lie; of listed files, above theirs."""
+    first = expand(images)[0].rstrip("/")
+    return store_of(store_of(first).url if common_extension([first]) else first)
 
 
 def load_classes(path: Path) -> ClassList:

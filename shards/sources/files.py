@@ -45,7 +45,10 @@ def expand(data: str) -> list[str]:
 
 
 def without_secrets(data: str) -> str:
-    """``source.data`` for the record, which others will read: no commands (they may hold tokens), no user and password in URLs."""
+    """``source.data`` for the record, which others will read.
+
+    Commands, which may hold tokens, are left out, and so are the user and password of a URL.
+    """
     if any(url.startswith(PIPE) for url in expand(data)):
         return f"{PIPE}(a command, not recorded)"
     return re.sub(r"://[^/@]*@", "://", data)
@@ -103,7 +106,7 @@ def common_extension(urls: Sequence[str]) -> str | None:
 
 
 def stamps(urls: Sequence[str]) -> list[tuple[str, int, object]]:
-    """(name, bytes, version) of each file, by which a changed file is noticed: local files by their time of change in nanoseconds.
+    """(name, bytes, version) of each file, which show a change. The version of a local file is its time in nanoseconds.
 
     Raises UserError when a file is missing.
     """

@@ -104,10 +104,11 @@ class FolderPieces(Sequence[Piece]):
 
 
 def cut_folder(root: str, classes: ClassList, shard_size: int) -> tuple[Sequence[Piece], int, str]:
-    """The pieces of an ImageFolder, the number of its images, and a fingerprint of names, labels and the content of `LOOKED_AT` files.
+    """The pieces of an ImageFolder, the number of its images, and a fingerprint.
 
-    The fingerprint differs for other images under the same names, unless only a few were replaced: replacing a tenth goes unnoticed
-    once in 800 times. Raises UserError as `list_folder` does, and for files that differ in their ending only.
+    The fingerprint is made from names, labels and the content of `LOOKED_AT` files. It differs for other images under
+    the same names, unless only a few were replaced: replacing a tenth goes unnoticed once in 800 times. Raises
+    UserError as `list_folder` does, and for files that differ in their ending only.
     """
     names, numbers, skipped = list_folder(root, classes)
     if skipped:
@@ -127,7 +128,7 @@ def cut_folder(root: str, classes: ClassList, shard_size: int) -> tuple[Sequence
 
 
 def list_folder(root: str, classes: ClassList) -> tuple[list[bytes], list[int], int]:
-    """(paths below the root, labels, number of files that are no images) of an ImageFolder, sorted by class folder and name.
+    """(paths below the root, labels, number of files that are no images), sorted by class folder and name.
 
     Raises UserError for a folder that is no class, with the nearest, and for a class list without distinct folders.
     """
@@ -140,7 +141,8 @@ def list_folder(root: str, classes: ClassList) -> tuple[list[bytes], list[int], 
     for folder, files in class_folders(root):
         if folder not in labels:
             raise UserError(
-                f"{root}/{folder}: this folder is not in the class list{nearest(folder, classes.folders)} ({classes.mend})"
+                f"{root}/{folder}: this folder is not in the class list{nearest(folder, classes.folders)} "
+                f"({classes.mend})"
             )
         images = sorted(file for file in files if is_image(file))
         skipped += len(files) - len(images)
@@ -166,7 +168,7 @@ def folder_places(root: str) -> Iterator[tuple[str, Place]]:
 
 
 def folder_stamps(root: str, *, names_only: bool = False) -> list[tuple[str, int, object]]:
-    """(path, bytes, version) of every image, sorted, as `files.stamps`. names_only: on a local disk no file is looked at."""
+    """(path, bytes, version) of every image, sorted, as `files.stamps`. names_only: 0 for the rest on a local disk."""
     store = Store(root)
     if not store.is_local:
         found = store.files_below()
@@ -207,7 +209,7 @@ def folder_key(file: str) -> str:
 
 
 def class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, paths of all files below it) of each sub-folder, sorted; hidden ones are passed over. Paths are relative to the root."""
+    """(name, paths of all files below it) of each sub-folder that is not hidden, sorted. Paths begin below the root."""
     store = Store(root)
     if store.is_local:
         for folder in sorted(

@@ -1,4 +1,4 @@
-"""A labelled image set for measuring: every sample once, in every layout, shared out among processes, decoded ahead in threads."""
+"""A labelled image set for measuring: every sample once, in any layout, shared among processes, decoded in threads."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class ImageSet:
     def pictures(self, side: int, *, part: int = 0, parts: int = 1, threads: int = 1) -> Iterator[Picture]:
         """Every sample in order, its image resized and cropped to [3, side, side] as stage 1 does it.
 
-        Of several parts, each sample is in exactly one. Images are decoded in ``threads``, some ahead of the one that is asked for.
-        Raises UserError for a file that cannot be read, and for a label outside the class list.
+        Of several parts, each sample is in exactly one. ``threads`` decode a few images ahead of the one that is
+        asked for. Raises UserError for a file that cannot be read, and for a label outside the class list.
         """
         with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="decode") as pool:
             samples = self._samples(part, parts)
@@ -84,7 +84,7 @@ class ImageSet:
             raise UserError(f"{self.where}: holds no images; {EXPECTED}")
 
     def refuse_many(self, first: str, bad: int, count: int) -> None:
-        """Raises UserError when more than `MAX_ERRORS` of ``count`` samples are unusable. first: the problem of the first."""
+        """Raises UserError when more than `MAX_ERRORS` of ``count`` samples are unusable. first: the first problem."""
         if bad > MAX_ERRORS * count:
             more = f"more than {MAX_ERRORS:.0%} of a set; mend them or take them out"
             raise UserError(f"{self.describe(first, bad, count)}; that is {more}")
@@ -94,7 +94,7 @@ class ImageSet:
         return f"{self.where}: {bad:,} of {count:,} samples cannot be used, the first is {first}"
 
     def stamps(self) -> list[tuple[str, int, object]]:
-        """(name, bytes, version) of every file, and for class folders the class list: what a score of the set depends on."""
+        """What a score of the set depends on: (name, bytes, version) of every file, and the folders of the classes."""
         if self.kind != "ImageFolder":
             return stamps([piece.url for piece in self.pieces if isinstance(piece, (TarPiece, ParquetPiece))])
         listed = ("class folders", len(self.classes.folders), fingerprint(self.classes.folders))

@@ -122,14 +122,13 @@ def row_key(url: str, number: int, path: str | None, keys: KeyRule = "name") -> 
 
 
 def parquet_places(url: str) -> Iterator[tuple[str, Place]]:
-    """(key, place) of every row of a file; ``Place.offset`` is the number of the row. A note says when reading rows is slow."""
+    """(key, place) of every row of a file; ``Place.offset`` is the row's number. A note warns of large row groups."""
     with open_file(url) as source:
         file = open_parquet(source, url)
         paths = _paths(file, url)
         size = max((file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)), default=0)
     if size > SLOW:
-        each = f"each image is read with its row group, of up to {size >> 20} MiB"
-        note(f"{url}: {each}; tars, class folders or smaller groups (row_group_size=1) are faster")
+        note(f"{url}: each image is read with its row group, of {size >> 20} MiB; tars or smaller groups are faster")
     for number, path in enumerate(paths):
         yield row_key(url, number, path), Place(url, number)
 
@@ -191,7 +190,7 @@ def cut_parquet(
 
 
 def _cut(groups: Sequence[int], shard_size: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of pieces of about ``shard_size`` rows: whole row groups where these fit, for a group is read from its start."""
+    """(first row, rows) of pieces of about ``shard_size`` rows, which are whole row groups if they fit."""
     first = count = 0
     for rows in groups:
         if count and count + rows > shard_size:
@@ -245,10 +244,11 @@ def _image_column(schema: pa.Schema) -> str | None:
 
 
 def label_map(schema: pa.Schema, column: str, classes: ClassList, url: str) -> list[int] | None:
-    """Index into the class list of each of the file's own label numbers, from the names that `datasets` stores; None: the same.
+    """Index in the class list for each label number of the file, by the names that `datasets` stores; None: the same.
 
-    Where some names are others (synonyms), numbers are taken as they are, for the lists may still have one order. Raises UserError when
-    they have not (a name that both know stands at another number), or when the file names another number of classes.
+    If some names differ (synonyms), the numbers stand as they are, for both lists may still have one order. Raises
+    UserError when the orders differ (a name that both know has another number), or when the file names another number
+    of classes.
     """
     names = [name.replace("_", " ") for name in _label_names(schema, column)]
     if not names:
@@ -263,8 +263,9 @@ def label_map(schema: pa.Schema, column: str, classes: ClassList, url: str) -> l
         if elsewhere := next((places[name] for places in lists if number not in places.get(name, [number])), None):
             strange = ", ".join(repr(other) for other in names if not any(other in places for places in lists))[:80]
             raise UserError(
-                f"{url}: its label {number} is {name!r}, number {elsewhere[0]} of the class list; the orders differ, and the "
-                f"names do not tell how (not in the class list: {strange or 'none'}); spell the names of source.classes as the file does"
+                f"{url}: its label {number} is {name!r}, number {elsewhere[0]} of the class list; the orders differ, "
+                f"and the names do not tell how (not in the class list: {strange or 'none'}); spell the names of the "
+                "class list as the file does"
             )
     return None
 
@@ -286,13 +287,12 @@ def _label_names(schema: pa.Schema, column: str) -> list[str]:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    is_struct = pa.types.is_struct(kind) and any(field.name == "bytes" for field in kind)
+    return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _groups_and_size(url: str, classes: ClassList) -> tuple[list[int], int]:
-    """(rows of each row group, bytes of all) of a file that has the columns we need. Raises UserError for one that has not."""
+    """(rows of each row group, bytes of all) of a file. Raises UserError when it lacks a column that we need."""
     with open_file(url) as source:
         file = open_parquet(source, url)
         label_map(file.schema_arrow, columns(file.schema_arrow, url)[1], classes, url)

@@ -40,7 +40,7 @@ def find_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
     """Cut a source into pieces that become shards.
 
     data: as in `find_layout`, or ``pipe:COMMAND`` for each tar. keys: `recipe.Source.keys`.
-    Raises UserError for a missing or empty source, one of several kinds, an unknown class folder, or a key that occurs twice.
+    Raises UserError for a missing or empty source, one of several kinds, an unknown class folder, or a repeated key.
     """
     kind, urls = find_layout(data, classes.folders)
     if (kind == "WebDataset" and keys == "place") or kind == "Parquet":  # rows may be without names
@@ -62,8 +62,8 @@ def find_source(data: str, classes: ClassList, shard_size: int, keys: KeyRule = 
 def find_layout(data: str, folders: Sequence[str] = ()) -> tuple[Kind, list[str]]:
     """What ``data`` is, and its tars or Parquet files, or the one folder whose sub-folders are classes.
 
-    data: a folder (local or URL) of tars, of Parquet files or of class folders; or tars or Parquet files as a list with braces and
-    ``::``. folders: names of class folders, which must not lie beside tars or Parquet files.
+    data: a folder (local or URL) of tars, of Parquet files or of class folders; or tars or Parquet files as a list with
+    braces and ``::``. folders: names of class folders, which must not lie beside tars or Parquet files.
     Raises UserError for a list or a folder of several kinds, and NoSuchFile for a folder that is not there.
     """
     urls = expand(data)
@@ -88,8 +88,8 @@ def _look_into(root: str, folders: Sequence[str]) -> tuple[str | None, list[str]
         kinds.append(f"class folders ({classes[0]} …)")
     if len(kinds) > 1:
         raise UserError(
-            f"{root}: holds {' and '.join(kinds)}, and nothing says which are meant; move the others elsewhere, or name "
-            "the files: a list with braces such as train-{000..127}.tar, joined by ::"
+            f"{root}: holds {' and '.join(kinds)}, and nothing says which are meant; move the others elsewhere, "
+            "or name the files: a list with braces such as train-{000..127}.tar, joined by ::"
         )
     return next(iter(files.items()), (None, [root]))
 

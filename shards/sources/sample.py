@@ -79,7 +79,7 @@ def place_key(file: str, index: int) -> str:
 
 
 def check_label(value: object, classes: ClassList) -> tuple[int | None, str | None]:
-    """A label as found (text, number or None) as (index into the class list, None), or (None, what is wrong with it)."""
+    """Turn a label (text, number or None) into (index into the class list, None), or (None, what is wrong with it)."""
     if value is None:
         return None, "no label (KEY.cls)"
     try:
@@ -119,6 +119,6 @@ def refuse_repeated(hashes: np.ndarray, describe: Callable[[int], tuple[str, str
     if len(again):
         key, where = describe(int(again.min()))
         raise UserError(
-            f"{where}: key {key!r} occurs twice in the source; rename one (files that differ in their ending only count "
-            "as one), or --set source.keys=place to name samples by file and number"
+            f"{where}: key {key!r} occurs twice in the source; rename one (files that differ in their ending only "
+            "count as one), or --set source.keys=place to name samples by file and number"
         )

@@ -50,7 +50,7 @@ class TarPiece:
 
     @property
     def where(self) -> str:
-        """For messages, which may end up in the record: a command may hold tokens."""
+        """The name in messages, which may end up in the record: without the command, which may hold tokens."""
         return _where(self.url, self.name)
 
     def samples(self, classes: ClassList, part: int = 0, parts: int = 1) -> Iterator[SourceSample]:
@@ -92,9 +92,9 @@ class TarPiece:
 
 
 def open_tar(url: str, where: str) -> IO[bytes]:
-    """A tar as a file that can seek; a remote one, or a command's output, is first copied to the temporary folder. where: for messages.
+    """A tar as a file that can seek. A remote one, or a command's output, is first copied to the temporary folder.
 
-    Raises UserError for a file that is missing or a command that fails.
+    where: its name in messages. Raises UserError for a file that is missing or a command that fails.
     """
     if is_local(url):
         return open_file(url)
@@ -140,7 +140,7 @@ def read_sample(place: Place) -> Sample:
 def cut_tars(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
     """The pieces of a list of tars, whether their counts are exact, and a fingerprint.
 
-    A source of many tars is cut by their sizes and the samples of the first tar: no piece then depends on more than that.
+    A source of many tars is cut by their sizes and the samples of the first tar, so no piece depends on more than that.
     """
     if any(url.startswith(PIPE) for url in urls):
         return _cut_commands(urls, keys)
@@ -208,9 +208,10 @@ def _cut_by_size(
 
 
 def _cut_commands(urls: Sequence[str], keys: KeyRule) -> tuple[Sequence[Piece], bool, str]:
-    """One piece a command: nothing is known of its output but what the first one gives.
+    """One piece for each command. Only the first command runs now.
 
-    The fingerprint is of that, and of the names of tars in the commands; not of the rest, which may hold tokens that change every day.
+    The fingerprint is made from its output and from the names of tars in all commands. The rest of a command may hold
+    tokens that change every day.
     """
     fingerprint = Fingerprint()
     for url in urls:
@@ -234,7 +235,7 @@ def _where(url: str, name: str) -> str:
 
 
 def _first_key(url: str) -> str:
-    """Of a tar, from its first header. Raises UserError for an empty one: its shard would be empty too."""
+    """The key in a tar's first header. Raises UserError for an empty tar, whose shard would be empty too."""
     try:
         with open_file(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             member = next((member for member in tar if member.isreg()), None)

@@ -1,7 +1,7 @@
-"""``make chaos N=50 SEED=1``: kill stage 1 N times at random moments, fill its disk, take its disk away, set its clock back.
+"""``make chaos N=50 SEED=1``: kill stage 1 N times at random moments, fill its disk, take it away, set its clock back.
 
-Every time: nothing wrong stands under a final name, and the same command ends in the bytes of a run that nobody disturbed.
-Takes about two seconds for each kill, five where a worker is killed. Ends with status 1 at the first thing that is not so.
+Each time nothing wrong stands under a final name, and the same command ends in the bytes of an undisturbed run.
+A kill takes about two seconds, five where a worker is killed. The first thing that is not so ends it with status 1.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def disturb(
     rng: random.Random,
     kinds: Sequence[str] = tuple(KILLS),
 ) -> Counter[str]:
-    """Kill ``kills`` times, in runs that are finished and begun anew now and then; returns how often each kind was survived.
+    """Kill ``kills`` times, and finish the run and begin another now and then. Returns how many were survived by kind.
 
     A kill that comes when the command has already ended does not count, and another takes its place.
     """

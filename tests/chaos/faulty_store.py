@@ -1,4 +1,4 @@
-"""A real S3 server (moto's) behind a proxy that fails like a busy object store: 503 SlowDown, connections cut in either direction."""
+"""A real S3 server (moto's) behind a proxy that fails like a busy object store: 503 SlowDown, connections cut."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from ..patience import PATIENCE
 
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -57,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body(length)
         if fate == "503":
             return self._answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=PATIENCE)
         headers = {
             name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "expect")
         }

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,9 @@ from pipeline.recipe import Recipe
 from pipeline.status import Survey, status_lines
 from pipeline.verify import problems
 
-from ..conftest import ROOT, World, digests
+from ..conftest import World, digests
+from ..patience import PATIENCE, wait_for
+from ..processes import DEVNULL, launch
 
 Kill = Callable[[World, Path, random.Random], bool]  # whether something died of it; else the command had already ended
 
@@ -75,9 +75,8 @@ def kill_in_parquet(world: World, out: Path, rng: random.Random) -> bool:
 
 
 def kill_worker(world: World, out: Path, rng: random.Random) -> bool:
-    """One of two workers that holds a claim; half of the time the command too, a moment later: no worker may survive it."""
+    """One of two workers that holds a claim. Half of the time the command dies too: no worker may survive it."""
     command = [
-        sys.executable,
         "-m",
         "pipeline",
         "generate",
@@ -88,7 +87,7 @@ def kill_worker(world: World, out: Path, rng: random.Random) -> bool:
         "--workers",
         "2",
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = launch(*command, stdout=DEVNULL, stderr=DEVNULL)
     store = RunDir(out).store
     victims: list[int] = []
     while process.poll() is None and not victims:
@@ -103,10 +102,8 @@ def kill_worker(world: World, out: Path, rng: random.Random) -> bool:
     if rng.random() < 0.5:
         time.sleep(rng.random())
         process.kill()
-    process.wait(120)
-    end = time.monotonic() + 5
-    while str(out).encode() in b"".join(map(_command_line, victims)):
-        assert time.monotonic() < end, f"orphans: {victims}"
+    process.wait(PATIENCE)
+    wait_for(lambda: not any(b"spawn_main" in _command_line(victim) for victim in victims))  # no orphans
     return killed
 
 
@@ -119,7 +116,7 @@ KILLS: dict[str, Kill] = {
 
 
 def _run_with_a_trap(recipe: Recipe, out: Path, module: Any, name: str, count: int, *, after: bool) -> bool:
-    """Run the command in a fork that kills itself at the ``count``-th call of ``module.name``, before or after it is done."""
+    """Run the command in a fork that kills itself before or after the ``count``-th call of ``module.name``."""
 
     def run() -> None:
         calls = 0

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos.scaling``: images/s of one worker on one core, and of two on two, on the demo, in turn; the ratio counts.
+"""``python -m tests.chaos.scaling``: images/s of one worker on one core and of two on two, in turn; the ratio counts.
 
 Timed from the first claim to the last part file: loading the models happens once per worker and is left out.
 """

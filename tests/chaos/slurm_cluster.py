@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this one machine: Debian's slurm-wlm and munge, started by hand below a folder, ended with it.
+"""A real Slurm of two nodes on one machine: Debian's slurm-wlm and munge, started and ended below a folder.
 
 ``python -m tests.chaos.slurm_cluster`` installs the packages (apt-get, as root) where they are missing.
 """
@@ -13,6 +13,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..patience import wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 
@@ -108,12 +110,11 @@ def slurm(folder: Path) -> Iterator[None]:
 
 
 def _wait_until_idle() -> None:
-    for _ in range(60):
+    def idle() -> bool:
         told = subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True, check=False)
-        if told.stdout.split() == ["idle"]:
-            return
-        time.sleep(0.5)
-    raise RuntimeError(f"Slurm's nodes do not come up: {told.stdout}{told.stderr}")
+        return told.stdout.split() == ["idle"]
+
+    wait_for(idle, pause=0.5)
 
 
 def _find(program: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The short version of ``make chaos``: a few kills of each kind that costs no new interpreter, other ones every time; and the disks."""
+"""The short version of ``make chaos``: a few kills in forks of this process, other ones every time; and the disks."""
 
 from __future__ import annotations
 

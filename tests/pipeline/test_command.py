@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from ..patience import PATIENCE, wait_for
 
 COMMANDS = ("generate", "status", "verify", "recipe")
 
@@ -120,7 +121,7 @@ def test_a_real_process(world, start: Callable[..., subprocess.Popen[str]], tmp_
     flags = ["--debug"] if debug else []
     override = "discretizer.weights=gone.safetensors"  # found out after open_clip and the teacher were loaded
     process = start(*flags, "generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--set", override)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     lines = err.splitlines()
     assert process.returncode == 2 and out == ""
     assert lines[-1].startswith("error: discretizer.weights: gone.safetensors: no such file")
@@ -172,13 +173,11 @@ def test_verify_fails_with_status_1(cli, run_copy: Path) -> None:  # type: ignor
 
 def test_ctrl_c_in_the_first_second(world, start: Callable[..., subprocess.Popen[str]]) -> None:  # type: ignore[no-untyped-def]
     """While torch is being imported: one line and status 130, no stack trace."""
-    process = start("recipe", world.recipe)
-    end = time.monotonic() + 60
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-        assert process.poll() is None and time.monotonic() < end
+    process = start("recipe", world.recipe, fresh=True)
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process, pause=0.001)
     process.send_signal(signal.SIGINT)
     assert (
-        process.communicate(timeout=20) == ("", "\ninterrupted before anything was done\n")
+        process.communicate(timeout=PATIENCE) == ("", "\ninterrupted before anything was done\n")
         and process.returncode == 130
     )
 
@@ -217,4 +216,4 @@ def test_a_reader_that_leaves(world, start: Callable[..., subprocess.Popen[str]]
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
-    assert process.wait(60) in (0, 1)
+    assert process.wait(PATIENCE) in (0, 1)

@@ -10,8 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,8 @@ from pipeline.generate import make_shards
 from pipeline.verify import problems
 
 from ..chaos.slurm_cluster import slurm, why_not
-from ..conftest import ROOT
+from ..patience import PATIENCE, wait_for
+from ..processes import ROOT, launch
 
 Digests = Callable[[Path], dict[str, str]]
 PIECES = ("source.shard_size=3", "attack.steps=60")  # 12 shards of a second or two
@@ -43,7 +42,6 @@ def generate(world, out: Path, folder: Path, *arguments: str) -> subprocess.Pope
     """``python -m pipeline generate`` in ``folder``."""
     options = [part for override in PIECES for part in ("--set", override)]
     command = [
-        sys.executable,
         "-m",
         "pipeline",
         "generate",
@@ -55,16 +53,7 @@ def generate(world, out: Path, folder: Path, *arguments: str) -> subprocess.Pope
         *arguments,
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=30)
-        time.sleep(0.1)
+    return launch(*command, cwd=folder, env=environment, fresh=True)  # Ray and submitit pass on what started them
 
 
 def asked(*command: str) -> str:
@@ -85,7 +74,7 @@ def test_slurm(world, single_run: Path, run_digests: Digests, tmp_path: Path) ->
         assert 1 <= len(running) <= 4 and all(re.fullmatch(r"\d+_\d", task) for task in running)
         asked("scontrol", "requeue", running[0])
         asked("scancel", "--signal=USR2", running[-1])
-        out_text, err = process.communicate(timeout=300)
+        out_text, err = process.communicate(timeout=PATIENCE)
         restarts = re.findall(r"Restarts=(\d+)", asked("scontrol", "show", "jobs"))
     assert process.returncode == 0, err
     assert "sealed, 36 samples" in out_text and any(int(count) for count in restarts)
@@ -122,7 +111,7 @@ def test_ray(world, single_run: Path, run_digests: Digests, tmp_path: Path) -> N
     claim = read_claim(store, min(look(store).running))
     assert claim is not None
     os.kill(claim.pid, signal.SIGKILL)
-    out_text, err = process.communicate(timeout=300)
+    out_text, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "sealed, 36 samples" in out_text, err
     assert run_digests(out) == run_digests(single_run) and list(problems(str(out))) == []
 

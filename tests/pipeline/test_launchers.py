@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -31,6 +30,8 @@ from pipeline.verify import problems, summary
 from shards import ShardDataset
 from shards.sources import find_source
 from shards.sources.classes import load_classes
+
+from ..patience import PATIENCE, wait_for
 
 Digests = Callable[[Path], dict[str, str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -59,13 +60,6 @@ def gone(pids: list[int]) -> bool:
     return set(states) <= {"Z"}
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 def claims_of(out: Path) -> Iterator[int]:
     """Process ids of the workers that hold a claim."""
     store = RunDir(out).store
@@ -77,11 +71,11 @@ def test_a_worker_is_killed(world, slow_run: Path, run_digests: Digests, start: 
     """Two workers, one killed with -9 while it makes a shard: status 0, the same bytes as one worker's, nothing left behind."""
     out = tmp_path / "run"
     process = start("generate", "--recipe", world.recipe, "--out", out, "--workers", "2", *SLOW)
-    wait_for(lambda: list(claims_of(out)))
+    wait_for(lambda: list(claims_of(out)), process)
     victim = next(claims_of(out))
     assert victim in children(process.pid)
     os.kill(victim, signal.SIGKILL)
-    told = process.communicate(timeout=120)
+    told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, told
     assert run_digests(out) == run_digests(slow_run) and not (out / "work").exists()
 
@@ -93,20 +87,20 @@ def test_the_parent_is_killed_and_two_go_on(
     """kill -9 of the command: its workers end too. Then two commands at once: both end well, one valid set, the same bytes."""
     out = tmp_path / "run"
     process = start("generate", "--recipe", world.recipe, "--out", out, "--workers", "2", *SLOW)
-    wait_for(lambda: list(claims_of(out)))
+    wait_for(lambda: list(claims_of(out)), process)
     workers = children(process.pid)
     process.kill()
-    wait_for(lambda: gone(workers), 5)
+    wait_for(lambda: gone(workers))
     both = [start("generate", "--recipe", world.recipe, "--out", out, *SLOW) for _ in range(2)]
     for process in both:
-        told = process.communicate(timeout=120)
+        told = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, told
     assert run_digests(out) == run_digests(slow_run) and list(problems(str(out))) == []
 
 
 @pytest.mark.slow
 def test_ctrl_c(world, start: Start, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Ctrl-C in a terminal reaches the command and its workers: all gone in seconds, one line, no claim left behind."""
+    """Ctrl-C in a terminal reaches the command and its workers: all gone, one line, no claim left behind."""
     out = tmp_path / "run"
     process = start(
         "generate",
@@ -120,10 +114,10 @@ def test_ctrl_c(world, start: Start, cli, tmp_path: Path) -> None:  # type: igno
         "attack.steps=1000",
         start_new_session=True,
     )
-    wait_for(lambda: list(claims_of(out)))
+    wait_for(lambda: list(claims_of(out)), process)
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert err.splitlines()[-1] == "interrupted; what was finished is kept, and the same command goes on from there"
     assert len(workers) == 2 and gone(workers) and not list(claims_of(out))
@@ -134,7 +128,7 @@ def test_ctrl_c(world, start: Start, cli, tmp_path: Path) -> None:  # type: igno
 def test_ctrl_c_never_reaches_a_worker(world, start: Start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """From its first moment on, when an exception would come out of somebody's import: the parent says what to do."""
     process = start("generate", "--recipe", world.recipe, "--out", tmp_path / "run", "--workers", "2", *SLOW)
-    wait_for(lambda: len(children(process.pid)) == 2)
+    wait_for(lambda: len(children(process.pid)) == 2, process)
     for child in children(process.pid):
         blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{child}/status").read_text())
         assert blocked is not None and int(blocked[1], 16) & 1 << (signal.SIGINT - 1)
@@ -366,10 +360,10 @@ def test_killed_while_writing_to_an_object_store(
     url = "s3://bucket/killed"
     run = RunDir(url)
     process = start("generate", "--recipe", world.recipe, "--out", url)
-    wait_for(lambda: run.store.names("clean"))
+    wait_for(lambda: run.store.names("clean"), process)
     process.kill()
     assert not run.store.exists("manifest.parquet")
     again = start("generate", "--recipe", world.recipe, "--out", url, "--workers", "2")
-    told = again.communicate(timeout=120)
+    told = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, told
     assert {name: run.store.sha256(name) for name in run_digests(finished_run)} == run_digests(finished_run)

@@ -19,6 +19,8 @@ from manifests import RunDir
 from pipeline.generate import make_shards
 from pipeline.verify import problems
 
+from ..patience import PATIENCE
+
 Digests = Callable[[Path], dict[str, str]]
 
 
@@ -137,7 +139,7 @@ def test_other_versions(world, run_copy: Path, capsys: pytest.CaptureFixture[str
 
 
 def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = 60
+    condition: Callable[[], bool], process: subprocess.Popen[str] | multiprocessing.Process, seconds: float = PATIENCE
 ) -> None:
     """Look every millisecond until the condition holds or the process has ended."""
     end = time.monotonic() + seconds
@@ -168,7 +170,7 @@ def test_killed_runs_end_in_the_same_bytes(
         process.communicate()
         assert process.returncode in (-signal.SIGKILL, 0)
     process = start("generate", "--recipe", world.recipe, "--out", out)
-    told = process.communicate(timeout=120)
+    told = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, told
     assert run_digests(out) == run_digests(finished_run) and not leftovers(out)
     assert (out / "run.json").read_bytes() == (finished_run / "run.json").read_bytes()
@@ -201,7 +203,7 @@ def test_a_polite_end(world, start, cli, tmp_path: Path, number: signal.Signals)
     process = start("generate", "--recipe", world.recipe, "--out", out, "--set", "attack.steps=60")
     wait_until((out / "manifest" / "part-000000.parquet").exists, process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err
     assert err.splitlines()[-1] == "interrupted; what was finished is kept, and the same command goes on from there"
     assert not leftovers(out)

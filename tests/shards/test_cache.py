@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.server
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +20,9 @@ from manifests.rows import TarRecord
 from shards import ShardDataset, TrainingReader
 from shards.cache import PAUSES, TarCache
 from tests.chaos.faulty_store import FaultyProxy
+
+from ..patience import PATIENCE, wait_for
+from ..processes import launch
 
 pytest.importorskip("aiohttp", reason="fsspec's http:// needs aiohttp")
 
@@ -103,14 +104,8 @@ def test_read_ahead(server: Server) -> None:
     next(batches)
     plan = reader.plan("clean", 0)
     wanted = [f"clean/clean-{int(plan.windows[n][0]):06d}.tar" for n in (0, 1)]
-    for _ in range(500):
-        if all(server.fetched[name] for name in wanted):
-            break
-        threading.Event().wait(0.01)
-    assert (
-        all(server.fetched[name] for name in wanted)
-        and sum(count for name, count in server.fetched.items() if "tar" in name) == 2
-    )
+    wait_for(lambda: all(server.fetched[name] for name in wanted))
+    assert sum(count for name, count in server.fetched.items() if "tar" in name) == 2
 
 
 def test_several_processes_fetch_a_tar_once(server: Server, plain_run: Path) -> None:
@@ -119,11 +114,8 @@ def test_several_processes_fetch_a_tar_once(server: Server, plain_run: Path) -> 
         "source, cache = Store(sys.argv[1]), TarCache(1 << 30)\n"
         "for tar in RunDir(sys.argv[2]).manifest()[1]: print(cache.fetch(source, tar))\n"
     )
-    command = [sys.executable, "-c", program, server.url, str(plain_run)]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(3)
-    ]
-    told = [process.communicate(timeout=120)[0] for process in processes]
+    processes = [launch("-c", program, server.url, plain_run) for _ in range(3)]
+    told = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0] and len(set(told)) == 1
     assert set(server.fetched.values()) == {1} and len(server.fetched) == len(tars_of(plain_run))
 

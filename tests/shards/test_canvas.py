@@ -1,4 +1,4 @@
-"""From any image file to the canvas: what pixels come out, and which files are refused without harm."""
+"""From any image file to the canvas: the right pixels come out, and bad files are refused without harm."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def quarters(width: int = 64, height: int = 64) -> Image.Image:
 
 
 def corner_colours(canvas: torch.Tensor) -> list[tuple[int, ...]]:
-    """Colours in the middle of the four quarters, rounded to 0 or 255: top left, top right, bottom left, bottom right."""
+    """Colours amid the four quarters, rounded to 0 or 255: top left, top right, bottom left, bottom right."""
     side = canvas.shape[1]
     near, far = side // 4, side - side // 4
     return [
@@ -50,9 +50,10 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int) -> None:
-    """An image stored turned or mirrored, with the EXIF tag that says so, comes out upright: red, green / blue, white."""
+    """An image stored turned or mirrored comes out upright if its EXIF tag says so: red, green / blue, white."""
     undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
         6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
     }  # fmt: skip
     stored = quarters().transpose(undo[orientation]) if orientation in undo else quarters()
@@ -96,7 +97,7 @@ def test_colours_survive_every_mode(form: str, make: Callable[[Image.Image], Ima
 
 
 def test_transparent_is_white() -> None:
-    """Transparent pixels show white, in RGBA, in grey with alpha and in a palette with a transparent entry; half of it is half white."""
+    """Transparent pixels show white, in RGBA, grey with alpha and palettes; half-transparent ones are half white."""
     clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert (load_canvas(encode(clear, "PNG"), 32) == 255).all()
     half = load_canvas(encode(Image.new("RGBA", (40, 40), (0, 0, 0, 128)), "PNG"), 32)
@@ -139,7 +140,7 @@ def test_animation_shows_its_first_frame() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (33, 100), (500, 32), (16, 40)])
 def test_resize_shorter_side_then_centre(width: int, height: int) -> None:
-    """The canvas is the centre of the image, its shorter side just fitting: grey margins on the long side are cut equally."""
+    """The canvas is the centre square of the image: both grey margins on the long side are cut off."""
     side = min(width, height)
     pixels = np.full((height, width, 3), 128, np.uint8)
     top, left = (height - side) // 2, (width - side) // 2
@@ -155,7 +156,7 @@ def test_an_image_of_the_canvas_s_size_is_untouched() -> None:
 
 
 def test_large_jpegs_decoded_at_a_fraction_look_the_same() -> None:
-    """JPEG's fast decoding at a fraction of the size gives what PNG's full decoding gives, within what the eye tells."""
+    """JPEG's fast decoding at a fraction of the size looks like PNG's full decoding."""
     x, y = np.meshgrid(np.linspace(0, 6, 900), np.linspace(0, 4, 700))
     picture = Image.fromarray(
         np.stack([127 + 120 * np.sin(x + y), 127 + 120 * np.cos(x), 127 + 120 * np.sin(2 * y)], -1).astype(np.uint8)
@@ -200,7 +201,7 @@ def test_not_images() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_pixels_that_are_no_numbers(value: float) -> None:
-    """One NaN in a float image would make its range unknown, and all of it black."""
+    """A float image with one NaN is refused: its range is unknown, and all of it would become black."""
     values = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     assert load_canvas(encode(Image.fromarray(values), "TIFF"), 32).max() > 240
     values[0, 0] = value
@@ -221,15 +222,15 @@ warnings.warn("of somebody else")
 """
 
 
-def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, python: Callable[..., Any]) -> None:
-    """PIL's remarks on a broken EXIF are not shown; those of others are, also after many threads have decoded."""
-    five_entries = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # of which none follows
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, forked: Callable[..., Any]) -> None:
+    """PIL's remarks on broken EXIF stay silent; other warnings appear, even after many threads have decoded."""
+    five_entries = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # claims five entries; none follows
     (tmp_path / "odd.jpg").write_bytes(encode(quarters(), "JPEG", exif=five_entries))
     with pytest.warns(UserWarning, match="EXIF"):
         load_canvas((tmp_path / "odd.jpg").read_bytes(), 32)
-    told = python(REMARKS, tmp_path / "odd.jpg")
-    assert told.returncode == 0, told.stderr
-    assert "of somebody else" in told.stderr and "EXIF" not in told.stderr
+    result = forked(REMARKS, tmp_path / "odd.jpg")
+    assert result.returncode == 0, result.stderr
+    assert "of somebody else" in result.stderr and "EXIF" not in result.stderr
 
 
 def test_too_small_to_mean_anything() -> None:
@@ -267,26 +268,26 @@ def png_of(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (2_000_000_000, 2)])
-def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, python: Callable[..., Any]) -> None:
-    """A small file that claims billions of pixels is a BadImage; with 400 MB of address space left nothing else happens."""
+def test_giant_images_cost_nothing(width: int, height: int, tmp_path: Path, forked: Callable[..., Any]) -> None:
+    """A small file that claims billions of pixels is a BadImage, even with only 400 MB of address space left."""
     (tmp_path / "giant.png").write_bytes(
         png_of(width, 1)[:33].replace(struct.pack(">II", width, 1), struct.pack(">II", width, height))
     )
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
-    told = python(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
-    assert told.stdout.startswith("bad unreadable image"), told
+    result = forked(LIMITED, tmp_path / "giant.png", tmp_path / "good.png")
+    assert result.stdout.startswith("bad unreadable image"), result
 
 
-def test_a_long_thin_image_costs_nothing(tmp_path: Path, python: Callable[..., Any]) -> None:
-    """2 x 4,000,000 pixels are few, but scaled to the canvas before cropping they would be 6 GB: it must be cropped first, or refused."""
+def test_a_long_thin_image_costs_nothing(tmp_path: Path, forked: Callable[..., Any]) -> None:
+    """2 x 4,000,000 pixels would take 6 GB if scaled before cropping: the image must be cropped first, or refused."""
     (tmp_path / "thin.png").write_bytes(png_of(4_000_000, 2))
     (tmp_path / "good.png").write_bytes(png_of(40, 40))
-    told = python(LIMITED, tmp_path / "thin.png", tmp_path / "good.png")
-    assert told.returncode == 0 and told.stdout.startswith(("bad", "canvas")), told.stderr[-300:]
+    result = forked(LIMITED, tmp_path / "thin.png", tmp_path / "good.png")
+    assert result.returncode == 0 and result.stdout.startswith(("bad", "canvas")), result.stderr[-300:]
 
 
-def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., Any]) -> None:
-    """An EPS file named .jpg must not reach Ghostscript, or whatever is called gs here: images are data."""
+def test_no_program_is_run_for_an_image(tmp_path: Path, forked: Callable[..., Any]) -> None:
+    """An EPS file named .jpg must not reach Ghostscript (a program gs): images are data."""
     marker = tmp_path / "ran"
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
     (tmp_path / "gs").chmod(0o755)
@@ -294,8 +295,11 @@ def test_no_program_is_run_for_an_image(tmp_path: Path, python: Callable[..., An
     eps.write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n0 0 40 40 rectfill\nshowpage\n%%EOF\n"
     )
-    program = "import sys; from shards.canvas import *\ntry: load_canvas(open(sys.argv[1], 'rb').read(), 32)\nexcept BadImage: print('bad')"
+    program = (
+        "import sys; from shards.canvas import *\n"
+        "try: load_canvas(open(sys.argv[1], 'rb').read(), 32)\nexcept BadImage: print('bad')"
+    )
     import os
 
-    told = python(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert not marker.exists() and told.stdout == "bad\n", told.stderr[-300:]
+    result = forked(program, eps, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert not marker.exists() and result.stdout == "bad\n", result.stderr[-300:]

@@ -1,4 +1,4 @@
-"""One codec for writer and reader: the same pixels give the same bytes, and bytes that are no image or array are refused."""
+"""One codec for writer and reader: equal pixels give equal bytes; bytes that are no image or array are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shards.codec import decode_array, encode_array, to_float, to_uint8
 
 @pytest.fixture(scope="module")
 def picture() -> torch.Tensor:
-    """Smooth, with all three channels different: uint8 [3, 24, 40]."""
+    """A smooth image whose three channels differ: uint8 [3, 24, 40]."""
     y, x = torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(0, 1, 40), indexing="ij")
     return (torch.stack([x, y, (x + y) / 2]) * 255).round().to(torch.uint8)
 
@@ -32,11 +32,12 @@ def picture() -> torch.Tensor:
     ("settings", "error"),
     [
         (ImageFormat(format="png"), 0), (ImageFormat(format="webp", quality=100), 0),
-        (ImageFormat(format="jpg"), 3), (ImageFormat(format="webp", quality=95), 4), (ImageFormat(format="jpg", quality=40), 12),
+        (ImageFormat(format="jpg"), 3), (ImageFormat(format="webp", quality=95), 4),
+        (ImageFormat(format="jpg", quality=40), 12),
     ],
 )  # fmt: skip
 def test_roundtrip(picture: torch.Tensor, settings: ImageFormat, error: float) -> None:
-    """Lossless formats give back every pixel, the others nearly; shape and channel order stay; the same pixels give the same bytes."""
+    """Lossless formats give every pixel back, the others nearly; shape, channel order and bytes are stable."""
     data = encode_image(picture, settings)
     decoded = decode_image(data)
     assert decoded.dtype == torch.uint8 and decoded.shape == picture.shape and decoded.is_contiguous()
@@ -46,7 +47,7 @@ def test_roundtrip(picture: torch.Tensor, settings: ImageFormat, error: float) -
 
 
 def test_jpg_keeps_colour_at_full_resolution() -> None:
-    """No chroma subsampling: thin red and green lines keep their colours."""
+    """Thin red and green lines keep their colours, for JPEGs are written without chroma subsampling."""
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[0, :, ::2], image[1, :, 1::2] = 255, 255
     decoded = decode_image(encode_image(image, ImageFormat(quality=95)))
@@ -62,7 +63,7 @@ def test_only_uint8_rgb_is_encoded(image: torch.Tensor) -> None:
 
 
 def test_what_is_no_image_is_refused_by_name(picture: torch.Tensor) -> None:
-    """Nothing, text, half an image, and formats that shards do not hold: refused with the given name in one line."""
+    """No bytes, text, half an image and formats that shards do not hold are refused in one line with the given name."""
     whole = encode_image(picture, ImageFormat(format="png"))
     gif = io.BytesIO()
     Image.new("RGB", (8, 8)).save(gif, "GIF")
@@ -94,19 +95,19 @@ def test_damaged_images_never_crash(picture: torch.Tensor, form: str) -> None:
 
 
 def test_uint8_and_float() -> None:
-    """Rounding to nearest, clamping, and an exact way back for every value."""
+    """Conversion rounds to nearest and clamps; every value has an exact way back."""
     values = torch.tensor([-0.5, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 254.6 / 255, 1.0, 7.0])
     assert to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(every)), every) and to_float(every).dtype == torch.float32
     kept = values.clone()
     to_uint8(values)
-    assert torch.equal(values, kept)  # the caller's images are not changed
+    assert torch.equal(values, kept)  # the caller's images stay as they were
     assert to_uint8(values.bfloat16()).dtype == torch.uint8
 
 
 def test_array_roundtrip() -> None:
-    """Values, shape and dtype; the same array gives the same bytes, whatever its strides."""
+    """Values, shape and dtype come back; equal arrays give equal bytes, whatever their strides."""
     array = np.arange(12, dtype=np.float16).reshape(3, 4)
     assert np.array_equal(decode_array(encode_array(array), np.float16, "x"), array)
     assert encode_array(array.T) == encode_array(array.T.copy())
@@ -125,7 +126,7 @@ class Trap:
 
 
 def test_arrays_of_objects_are_refused_and_not_run(tmp_path: Path) -> None:
-    """An object array, a bare pickle and an .npz under the name .npy: refused by name, nothing unpickled."""
+    """An object array, a bare pickle and an .npz named .npy are refused by name; nothing is unpickled."""
     target = tmp_path / "pwned"
     objects, archive = io.BytesIO(), io.BytesIO()
     np.save(objects, np.array([Trap(target)], dtype=object), allow_pickle=True)
@@ -142,7 +143,7 @@ def npy(header: str, body: bytes = b"") -> bytes:
 
 
 def test_hostile_npy_files() -> None:
-    """Half an array, claims of terabytes, expressions for a shape, empty zip files: refused by name, without using memory."""
+    """Half an array, terabytes by header, code for a shape and empty zips are refused by name, in little memory."""
     good = encode_array(np.zeros(5, np.float16))
     empty = io.BytesIO()
     zipfile.ZipFile(empty, "w").close()

@@ -1,4 +1,4 @@
-"""Random access to one stream: what was written comes back, what was altered is refused by name."""
+"""Random access to one stream: written samples come back; altered ones are refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.mark.parametrize("stream", ["clean", "dad"])
 def test_the_samples_of_a_stream(plain_run: Path, stream: Any) -> None:
-    """Every sample of the stream in the order of the source: key, label, logits and image as the tars hold them."""
+    """The dataset holds key, label, logits and image of every sample as the tars do, in the order of the source."""
     dataset = ShardDataset(str(plain_run), stream)
     expected = []
     for path in sorted((plain_run / stream).glob("*.tar")):
@@ -65,7 +65,7 @@ def test_labels_only(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_from_an_object_store(make_run: MakeRun, plain_run: Path) -> None:
-    """The same samples from a URL as from a folder."""
+    """A URL gives the same samples as a folder."""
     make_run("memory://dataset/run")
     near, far = ShardDataset(str(plain_run), "dad"), ShardDataset("memory://dataset/run", "dad")
     assert len(near) == len(far)
@@ -104,7 +104,7 @@ def copy(plain_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(copy: Path, damage: str) -> None:
-    """Reading the damaged tar raises a UserError that names it; `check` finds it before anything is read; other tars still read."""
+    """Reading a damaged tar raises a UserError that names it; `check` finds it first; other tars still read."""
     act, reason = DAMAGE[damage]
     path = copy / "dad" / "dad-000003.tar"
     act(path)
@@ -120,7 +120,7 @@ def test_damage_is_named(copy: Path, damage: str) -> None:
 
 
 def test_a_flip_behind_the_samples(copy: Path) -> None:
-    """In the trailing zeros no sample is hurt, but the tar is not what was written: `check` by content says so, by size it cannot."""
+    """Damage in the trailing zeros hurts no sample; `check` by content finds it, by size it cannot."""
     path = copy / "dad" / "dad-000001.tar"
     flip(path, path.stat().st_size - 1)
     dataset = ShardDataset(str(copy), "dad")
@@ -158,7 +158,7 @@ def test_runs_that_are_not_there_or_not_sealed(copy: Path, tmp_path: Path, new_c
 
 
 def test_an_edited_manifest(copy: Path, new_cache: None) -> None:
-    """manifest.parquet is only believed with the sha256 that run.json has of it."""
+    """manifest.parquet must have the sha256 that run.json states."""
     flip(copy / "manifest.parquet", 100)
     with pytest.raises(UserError, match=r"manifest\.parquet: is not the one that was sealed"):
         ShardDataset(str(copy))
@@ -208,7 +208,7 @@ HOSTILE: dict[str, Callable[[Path], dict[str, bytes]]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_runs(make_run: MakeRun, tmp_path: Path, case: str) -> None:
-    """A published run may hold anything under right checksums: reading it is a UserError that names tar and key, and runs nothing."""
+    """A published run may hold anything under right checksums: the UserError names tar and key, and nothing runs."""
     target = tmp_path / "pwned"
 
     def edit(stream: str, key: str, members: dict[str, bytes]) -> dict[str, bytes]:
@@ -234,7 +234,7 @@ def test_samples_without_label_or_logits(make_run: MakeRun, tmp_path: Path, miss
 
 
 def test_unknown_members_are_ignored(make_run: MakeRun, tmp_path: Path) -> None:
-    """Pickles, modules and texts beside the known members are neither looked at nor run."""
+    """Reading ignores pickles, modules and texts beside the known members."""
     target = tmp_path / "pwned"
     extra = {
         "pkl": pickle.dumps(Trap(target)),
@@ -248,7 +248,7 @@ def test_unknown_members_are_ignored(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def reseal(run: Path, edit: Callable[[dict[str, Any]], object], **columns: list[int | None]) -> None:
-    """Edit the metadata of a run's manifest, replace columns of it, and make run.json vouch for it."""
+    """Edit the metadata of a run's manifest, replace some columns, and make run.json vouch for the result."""
     table, meta = decode_table((run / "manifest.parquet").read_bytes(), "manifest")
     edit(meta)
     for name, values in columns.items():
@@ -294,7 +294,7 @@ def test_a_manifest_of_negative_numbers(copy: Path, column: str) -> None:
 
 @pytest.mark.parametrize("canvas", [None, 0, -8, "big", 8.0, True])
 def test_a_run_without_a_canvas(copy: Path, canvas: object) -> None:
-    """The side of its images, which students take for theirs, is a number of pixels or the run is refused."""
+    """A run whose canvas is not a number of pixels is refused, for students take their input size from it."""
     tree = json.loads((copy / "run.json").read_text())
     tree["recipe"] = {"canvas": canvas} if canvas is not None else {}
     (copy / "run.json").write_text(json.dumps(tree))

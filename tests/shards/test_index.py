@@ -1,4 +1,4 @@
-"""The index of a stream: mapped, shared, rebuilt when it has to be; a run of ImageNet's size opens and plans in flat memory."""
+"""The index of a stream: mapped, shared, rebuilt when needed; a run of ImageNet's size opens in flat memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_arrays_are_views_of_the_mapped_file(plain_run: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "removed", "nonsense", "flipped"])
 def test_a_damaged_index_is_made_anew(plain_run: Path, harm: str) -> None:
-    """Also where a single bit of an offset is another: a sound tar is never blamed for what the cache folder's disk did."""
+    """Even if one bit of an offset flipped: the cache folder's disk is at fault, and no sound tar gets the blame."""
     expected = ShardDataset(str(plain_run), "clean")
     path = cache_folder("indexes") / f"{expected.index.name}.arrow"
     data = path.read_bytes()
-    path.unlink()  # what is mapped stays as it was
+    path.unlink()  # the mapped pages stay as they were
     flipped = bytearray(data)
     flipped[data.index(expected.index.offset.tobytes()) + 8 * 5 + 1] ^= 2
     if harm != "removed":
@@ -62,18 +62,18 @@ print(kept_table("shared", make).column("n").to_pylist(), Path(sys.argv[2]).stat
 """
 
 
-def test_processes_that_find_no_index_make_it_once(tmp_path: Path, python: Callable[..., object]) -> None:
-    """Nobody puts another file in the place of one that is whole: on a shared disk, that would pull it from under those who read it."""
+def test_processes_that_find_no_index_make_it_once(tmp_path: Path, forked: Callable[..., object]) -> None:
+    """One process makes the index, the others use it: nobody replaces a whole file that others may have mapped."""
     arguments = (KEEPER, tmp_path / "made", tmp_path / "indexes" / "shared.arrow")
     with ThreadPoolExecutor(3) as pool:
-        told = list(pool.map(lambda _: python(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
-    assert len(set(told)) == 1 and told[0].startswith("[1, 2, 3]") and (tmp_path / "made").read_text() == "made\n"
+        result = list(pool.map(lambda _: forked(*arguments, DAD_CACHE=str(tmp_path)).stdout, range(3)))  # type: ignore[attr-defined]
+    assert len(set(result)) == 1 and result[0].startswith("[1, 2, 3]") and (tmp_path / "made").read_text() == "made\n"
 
 
 def test_indexes_that_nobody_reads_are_removed(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When another is written; one that is read stays, however old it is, and so does one that is mapped."""
+    """Writing an index removes those that nobody reads; one that is read or mapped stays, however old it is."""
     monkeypatch.setenv("DAD_CACHE", str(tmp_path))
     old, used = (ShardDataset(str(plain_run), stream).index for stream in ("clean", "dad"))
     for index in (old, used):
@@ -86,7 +86,7 @@ def test_indexes_that_nobody_reads_are_removed(
 
 
 def test_another_manifest_has_another_index(plain_run: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
-    """Runs never see each other's index; a copy of a run shares it."""
+    """Runs never see each other's index; a copy of a run shares the index of its original."""
     copy = Path(shutil.copytree(plain_run, tmp_path / "copy"))
     other = make_run(tmp_path / "other", sizes=(9, 12))
     names = [ShardDataset(str(run), "dad").index.name for run in (plain_run, copy, other)]
@@ -95,14 +95,14 @@ def test_another_manifest_has_another_index(plain_run: Path, make_run: Callable[
 
 
 def test_workers_are_sent_a_path_and_no_data(plain_run: Path) -> None:
-    """Without fork, a worker opens the index itself: what is sent to it does not grow with the run."""
+    """Without fork, a worker opens the index itself: what it receives does not grow with the run."""
     reader = TrainingReader(str(plain_run), batch_size=7)
     list(reader.batches(0))
     data = pickle.dumps(reader)
     assert len(data) < 4000
     again = pickle.loads(data)
-    assert [half.keys for half in next(again.batches(1)).values()] == [
-        half.keys for half in next(reader.batches(1)).values()
+    assert [part.keys for part in next(again.batches(1)).values()] == [
+        part.keys for part in next(reader.batches(1)).values()
     ]
 
 
@@ -113,7 +113,7 @@ from shards import TrainingReader
 from shards.benchmark import private_bytes
 
 def child_growth(work):
-    # memory that a forked worker comes to own by reading all of the index and the plan
+    # growth of a forked worker's own memory while it reads all of the index and the plan
     receive, send = os.pipe()
     if os.fork() == 0:
         before = private_bytes()
@@ -144,7 +144,8 @@ def touch():
         reader.indices("clean", 12, step)
 order = plan.order
 print(json.dumps({
-    "opened": opened, "planned": planned, "flat": flat, "worker": child_growth(touch), "steps": reader.steps, "tars": len(index.tars),
+    "opened": opened, "planned": planned, "flat": flat, "worker": child_growth(touch),
+    "steps": reader.steps, "tars": len(index.tars),
     "permutation": bool(np.array_equal(np.sort(order), np.arange(len(order)))),
     "windows": [len(plan.windows), max(map(len, plan.windows))],
     "locality": max(len(np.unique(index.shard[order[a:b]])) for a, b in zip([0, *plan.ends[:-1]], plan.ends)),
@@ -154,15 +155,15 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_imagenet_sized_run_in_flat_memory(tmp_path: Path, python: Callable[..., object]) -> None:
-    """1,281,167 samples in 1,282 shards: memory is the plan of one epoch, whatever the epochs; a worker owns next to nothing."""
+    """1,281,167 samples in 1,282 shards take the memory of one plan, whatever the epochs; a worker takes little."""
     samples = 1_281_167
     write_manifest(tmp_path / "run", samples, 1282)
     python(PROGRAM, tmp_path / "run")  # makes the index
-    told = python(PROGRAM, tmp_path / "run")
-    found = json.loads(told.stdout)  # type: ignore[attr-defined]
+    result = python(PROGRAM, tmp_path / "run")
+    found = json.loads(result.stdout)  # type: ignore[attr-defined]
     assert found["permutation"] and found["steps"] == samples // 1024 and found["tars"] == 1282
     assert found["windows"] == [81, 16] and found["locality"] == 16
     megabyte = 1 << 20
     assert found["opened"] < 24 * megabyte and found["planned"] < 24 * megabyte + 8 * samples * 3
-    assert found["flat"] < 8 * samples * 1.5  # ten more epochs leave no more behind than one plan
+    assert found["flat"] < 8 * samples * 1.5  # ten more epochs leave at most one plan behind
     assert found["worker"] < 16 * megabyte

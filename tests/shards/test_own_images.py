@@ -32,7 +32,9 @@ def run(make_run: MakeRun, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """The user's tars: other tars than the run's shards, in another order, with images that are not of the run, and not square."""
+    """The user's tars: other tars than the run's shards, in another order, with images that are not of the run, and
+    not square.
+    """
     keys = [f"s{shard}-{n:02d}" for shard, size in enumerate(SIZES) for n in range(size)]
     images = {
         key: jpeg(picture[:, :, :24])
@@ -89,7 +91,9 @@ def test_the_join_is_kept(run: Path, own: Path) -> None:
 def test_the_layout_does_not_matter(
     make_run: MakeRun, tmp_path: Path, request: pytest.FixtureRequest, kind: str, place: str
 ) -> None:
-    """The same images under the same keys, wherever they lie: read at random, by several readers, and from the kept join."""
+    """The same images under the same keys, wherever they lie: read at random, by several readers, and from the kept
+    join.
+    """
     if place == "s3":
         request.getfixturevalue("object_store")
     root = {"local": str(tmp_path), "s3": f"s3://bucket/{tmp_path.name}", "memory": f"memory://{tmp_path.name}"}[place]
@@ -141,7 +145,9 @@ def test_files_that_change_while_they_are_read(make_run: MakeRun, tmp_path: Path
 
 
 def test_a_run_without_names(run: Path, own: Path) -> None:
-    """Keys that are places in the source are nobody's: said before a tar is read, rather than that none of the images is here."""
+    """Keys that are places in the source are nobody's: said before a tar is read, rather than that none of the
+    images is here.
+    """
     tree = json.loads((run / "run.json").read_text())
     tree["identity"]["source.keys"] = "place"
     (run / "run.json").write_text(json.dumps(tree))
@@ -179,7 +185,9 @@ def test_an_unreadable_image_is_named(run: Path, own: Path) -> None:
 
 
 def test_a_key_that_occurs_twice(run: Path, own: Path) -> None:
-    """In the tars of two sets: no telling which image the label is for. A key that the run does not know may occur as often as it likes."""
+    """In the tars of two sets: no telling which image the label is for. A key that the run does not know may occur
+    as often as it likes.
+    """
     pictures = draw_pictures(2)
     write_tar(own / "other.tar", [("extra.jpg", jpeg(pictures[0]))])
     ShardDataset(str(run), "clean", images=own)

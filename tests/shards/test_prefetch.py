@@ -1,4 +1,4 @@
-"""Work ahead of the model: in order, bounded, and gone when nobody wants it any more."""
+"""Work ahead of the model: in order, bounded, and over when nobody wants it any more."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
 def test_reads_a_bounded_stretch_ahead(depth: int) -> None:
-    """Of an endless source no more is read than what was taken, `depth` items, and the one in hand."""
+    """From an endless source, at most the items taken, `depth` more and the one in hand are read."""
     source = Counted()
     items = Prefetch(source, depth)
     assert settled(lambda: source.read) == depth + 1
@@ -62,13 +62,13 @@ def test_reads_a_bounded_stretch_ahead(depth: int) -> None:
 
 def test_ends_with_its_source() -> None:
     items = Prefetch(Counted(3), 10)
-    until(lambda: items.exhausted)  # known before everything has been taken
+    until(lambda: items.exhausted)  # known before the consumer has taken all items
     assert list(items) == [0, 1, 2]
     assert list(Prefetch([], 1)) == []
 
 
 def test_errors_arrive_in_their_place() -> None:
-    """What the source raises comes after the items before it, as it was raised."""
+    """The exception of a source arrives unchanged, after the items before it."""
 
     def source() -> Iterator[int]:
         yield 1
@@ -82,7 +82,7 @@ def test_errors_arrive_in_their_place() -> None:
 
 
 def test_close_ends_the_thread() -> None:
-    """A reader that waits for room ends soon after nobody wants the rest."""
+    """A thread that waits for room ends soon after `close`."""
     before = threading.active_count()
     source = Counted()
     items = Prefetch(source, 2)
@@ -93,7 +93,7 @@ def test_close_ends_the_thread() -> None:
 
 
 def test_map_in_order_is_bounded_and_in_order() -> None:
-    """Slow items do not overtake; no more than `ahead` results wait, so a long source takes no memory."""
+    """Fast items do not overtake slow ones; at most `ahead` results wait, so a long source takes no memory."""
     source = Counted()
     with ThreadPoolExecutor(4) as pool:
 
@@ -109,7 +109,7 @@ def test_map_in_order_is_bounded_and_in_order() -> None:
 
 
 def test_map_in_order_raises_in_place() -> None:
-    """The error of an item comes where its result would, and what waits behind it is given up."""
+    """The error of an item arrives in the place of its result; items behind it are given up."""
     done: list[int] = []
 
     def work(number: int) -> int:

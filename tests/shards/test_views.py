@@ -1,4 +1,4 @@
-"""Views: what stage 1 labelled is, to the bit, what a student sees; shortened soft labels keep the mass that they leave out."""
+"""Views: a student sees, to the bit, what stage 1 labelled; shortened soft labels keep the mass they leave out."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Members = dict[str, bytes]
 
 
 def fake_teacher(pixels: np.ndarray) -> np.ndarray:
-    """Logits that tell any two images apart: float16 [CLASSES], from a hash of the pixels."""
+    """Logits that differ between any two images: float16 [CLASSES], from a hash of the pixels."""
     seed = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "little")
     return np.random.default_rng(seed).normal(size=CLASSES).astype(np.float16)
 
 
 def label_views(key: str, members: Members, settings: ViewSettings) -> Members:
-    """What stage 1 does: replay the drawn views on the stored image, label each."""
+    """Do what stage 1 does: replay the drawn views on the stored image and label each."""
     pixels = decode_image(members["png"]).permute(1, 2, 0).contiguous().numpy()
     views = draw_views(key, 0, settings, SIDE)
     seen = [pixels] if views is None else [replay(pixels, view) for view in views]
@@ -49,15 +49,15 @@ def labelled_run(make_run: MakeRun, out: Path, settings: ViewSettings = SETTINGS
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_replayed_to_the_bit(make_run: MakeRun, tmp_path: Path, workers: int) -> None:
-    """Every image of every batch is the one that the teacher saw with the logits beside it, and V epochs show all V views."""
+    """Every image is the one whose logits stand beside it, to the bit, and V epochs show all V views."""
     reader = TrainingReader(str(labelled_run(make_run, tmp_path / "run")), batch_size=7, window=2)
     assert reader.views == VIEWS
     seen: dict[tuple[str, str], set[bytes]] = {}
     for epoch in range(VIEWS):
         for batch in reader.batches(epoch, workers=workers):
-            for stream, half in batch.items():
-                assert half.images.shape[1:] == (3, SIDE, SIDE) and half.logits.dtype == torch.float16
-                for key, image, logits in zip(half.keys, half.images, half.logits, strict=True):
+            for stream, part in batch.items():
+                assert part.images.shape[1:] == (3, SIDE, SIDE) and part.logits.dtype == torch.float16
+                for key, image, logits in zip(part.keys, part.images, part.logits, strict=True):
                     pixels = image.permute(1, 2, 0).contiguous().numpy()
                     assert np.array_equal(fake_teacher(pixels), logits.numpy())
                     seen.setdefault((stream, key), set()).add(logits.numpy().tobytes())
@@ -74,7 +74,7 @@ def test_each_view_in_its_turn() -> None:
 
 
 def test_drawn_from_seed_and_key() -> None:
-    """Equal for equal (seed, key); more views begin with the same ones; all boxes inside, none smaller than asked for."""
+    """Equal (seed, key) give equal views; more views begin with the same ones; boxes lie inside, large enough."""
     views = draw_views("key", 0, ViewSettings(count=50, scale=0.25), 224)
     again = draw_views("key", 0, ViewSettings(count=50, scale=0.25), 224)
     fewer = draw_views("key", 0, ViewSettings(count=2, scale=0.25), 224)
@@ -91,7 +91,7 @@ def test_drawn_from_seed_and_key() -> None:
 
 
 def test_the_record_is_fixed() -> None:
-    """Ten bytes a view, little-endian, whatever the machine: what is published today must be readable for ever."""
+    """A view takes ten bytes, little-endian, on any machine: what is published today must be readable for ever."""
     views = np.array([(1, 2, 3, 4, 1), (258, 0, 8, 8, 0)], VIEW)
     data = encode_array(views)
     assert data.endswith(bytes([1, 0, 2, 0, 3, 0, 4, 0, 1, 0]) + bytes([2, 1, 0, 0, 8, 0, 8, 0, 0, 0]))
@@ -99,7 +99,7 @@ def test_the_record_is_fixed() -> None:
 
 
 def test_what_a_replay_gives() -> None:
-    """The whole image comes back as it is, mirrored if so wished; a crop's pixels are those of PIL's bicubic filter, today and later."""
+    """The whole image comes back as it is, or mirrored; a crop has the pixels of PIL's bicubic filter for ever."""
     pixels = (np.arange(16 * 16 * 3) * 7 % 251).astype(np.uint8).reshape(16, 16, 3)
     whole = np.array([(0, 0, 16, 16, 0), (0, 0, 16, 16, 1), (3, 2, 9, 12, 1)], VIEW)
     assert np.array_equal(replay(pixels, whole[0]), pixels)
@@ -107,12 +107,12 @@ def test_what_a_replay_gives() -> None:
     digest = hashlib.sha256(replay(pixels, whole[2]).tobytes()).hexdigest()
     assert digest[:16] == "fa1e43c635901e4a"
     unmirrored = np.array([(3, 2, 9, 12, 0)], VIEW)[0]
-    assert replay(pixels, unmirrored).flags.writeable  # or torch, which takes it over, warns
+    assert replay(pixels, unmirrored).flags.writeable  # otherwise torch, which shares the memory, warns
 
 
 @pytest.mark.parametrize("box", [(0, 0, 9, 8, 0), (8, 0, 1, 1, 0), (0, 0, 0, 8, 0), (0, 1, 8, 8, 0), (0, 0, 8, 8, 2)])
 def test_boxes_outside_the_image(make_run: MakeRun, tmp_path: Path, box: tuple[int, ...]) -> None:
-    """A published view that is no box of its image is refused by tar and key."""
+    """A published view that lies outside its image is refused by tar and key."""
     views = encode_array(np.array([box], VIEW))
     logits = encode_array(np.zeros((1, CLASSES), np.float16))
     run = make_run(
@@ -124,8 +124,12 @@ def test_boxes_outside_the_image(make_run: MakeRun, tmp_path: Path, box: tuple[i
 
 HOSTILE = {
     "views of another type": {"views.npy": encode_array(np.zeros(2, np.int64))},
-    "no views": {"views.npy": encode_array(np.zeros(0, VIEW)), "logits.npy": encode_array(np.zeros((0, CLASSES), np.float16))},
-    "fewer logits than views": {"views.npy": encode_array(np.zeros(2, VIEW)), "logits.npy": encode_array(np.zeros((1, 5), np.float16))},
+    "no views": {
+        "views.npy": encode_array(np.zeros(0, VIEW)), "logits.npy": encode_array(np.zeros((0, 5), np.float16)),
+    },
+    "fewer logits than views": {
+        "views.npy": encode_array(np.zeros(2, VIEW)), "logits.npy": encode_array(np.zeros((1, 5), np.float16)),
+    },
     "logits of views without views": {"logits.npy": encode_array(np.zeros((2, CLASSES), np.float16))},
     "a top-k record of another shape": {"topk.npy": encode_array(np.zeros(1, np.dtype([("classes", "<u2", (2,))])))},
     "a class that is none": {"topk.npy": encode_array(shorten(np.eye(1, 9, 8, dtype=np.float16), 4, (4.0,)))},
@@ -164,12 +168,12 @@ def test_top_k_keeps_probabilities_and_the_rest(temperature: float) -> None:
 
 
 def test_error_of_a_distillation_loss_from_top_k() -> None:
-    """Of its gradient at T = 4: top-k records against all logits. Without the mass of the rest it would be far off."""
+    """At T = 4, the gradient from top-k records is near that from all logits; without the rest's mass it is not."""
     teacher, rng = clip_like(200), np.random.default_rng(1)
     student = F.log_softmax(torch.from_numpy(teacher + 2 * rng.normal(size=teacher.shape)) / 4, dim=1)
 
     def gradient_error(soft: torch.Tensor) -> float:
-        """Of the gradient by the student's logits, q - p, relative to that of all logits."""
+        """Relative error of the gradient by the student's logits, q - p."""
         exact = student.exp() - softened(teacher, 4)
         return float((softened(teacher, 4) - soft).norm() / exact.norm())
 
@@ -205,16 +209,16 @@ def test_top_k_in_a_run(make_run: MakeRun, tmp_path: Path) -> None:
     assert math.isclose(float(softened(expand(shorten(np.zeros((1, 4), np.float16), 1, (4.0,)), 4, 4.0), 4).sum()), 1)
 
 
-def test_what_shortening_loses_is_told(plain_run: Path) -> None:
-    """Less with every logit that is kept, and nothing with all but one; of a run's own labels, and of a teacher like CLIP."""
+def test_the_price_of_shortening(plain_run: Path) -> None:
+    """The loss shrinks with every stored logit and vanishes with all but one, for a run and for a teacher like CLIP."""
     logits = clip_like(50)
     errors = [shortening_errors(logits, k, 4.0) for k in (10, 50, 200, 999)]
     for student in ("untrained", "near"):
         off, alike = zip(*(found[student] for found in errors), strict=True)
         assert sorted(off, key=abs, reverse=True) == list(off) and sorted(alike) == list(alike), student
         assert off[-1] == pytest.approx(0, abs=1e-4) and alike[-1] == pytest.approx(1)
-    told = CliRunner().invoke(main, ["topk", str(plain_run), "--k", "1,4"])
-    assert told.exit_code == 0 and told.output.count("\n| 1 |") == 1 and "| 4 |" in told.output
+    result = CliRunner().invoke(main, ["topk", str(plain_run), "--k", "1,4"])
+    assert result.exit_code == 0 and result.output.count("\n| 1 |") == 1 and "| 4 |" in result.output
     assert soft_labels_of(str(plain_run)).shape[1] == CLASSES
-    told = CliRunner().invoke(main, ["topk", str(plain_run), "--k", "5"])
-    assert told.exit_code == 2 and "--k: 5: there are 5 classes; from 1 to 4" in told.output
+    result = CliRunner().invoke(main, ["topk", str(plain_run), "--k", "5"])
+    assert result.exit_code == 2 and "--k: 5: there are 5 classes; from 1 to 4" in result.output

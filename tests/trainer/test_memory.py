@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,8 @@ from manifests import UserError
 from shards import TrainingReader
 from trainer.memory import memory_errors
 
+from ..processes import run
 from .conftest import write_image_set
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def die(_images: torch.Tensor, _generator: torch.Generator) -> torch.Tensor:
@@ -43,12 +41,14 @@ def test_what_does_not_fit_is_a_user_error(take: Callable[[int], object]) -> Non
 
 
 LIMITED = """
-import resource, sys
+import ctypes, resource, sys
 from pathlib import Path
 from trainer import loop
 from trainer.evaluation.kept import evaluate_run
 from trainer.checkpoint import StudentDir
 from trainer.recipe import load
+
+ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: every thread's own arena would take from the limit
 
 def leave(mib):
     used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
@@ -62,15 +62,7 @@ recipe = load("demo", [f"shards={run}", *base, *settings])
 
 def run_out_of_memory(program: str, *arguments: object) -> str:
     """The last line that a program says of which memory is withheld."""
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED + program, *map(str, arguments)],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("-c", LIMITED + program, *arguments)
     assert done.returncode == 1, done.stderr
     return done.stderr.splitlines()[-1]
 

@@ -47,7 +47,7 @@ def evaluate_run(directory: StudentDir, data: str | Path, device: str = "auto") 
 
 
 def scores_to_json(scores: Mapping[str, Score], *, made_from: str, weights: str) -> str:
-    """``made_from``: fingerprint of the weights and the sets that were scored; ``weights``: sha256 of the weights alone."""
+    """``made_from``: fingerprint of the weights and the sets that were scored. ``weights``: sha256 of the weights."""
     tree = {
         "made_from": made_from,
         "weights": weights,
@@ -57,7 +57,7 @@ def scores_to_json(scores: Mapping[str, Score], *, made_from: str, weights: str)
 
 
 def scores_from_json(text: bytes, **expected: str) -> dict[str, Score] | None:
-    """The scores; None when they are unreadable, or of another ``made_from`` or ``weights`` than expected: then measure again."""
+    """The scores, or None, which asks for another measurement: unreadable, or made from other weights or sets."""
     try:
         tree = json.loads(text)
         return (

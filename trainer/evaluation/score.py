@@ -51,10 +51,11 @@ def score_set(
     threads: int = 1,
     batch: int = BATCH,
 ) -> Score:
-    """Count how often the model's top-1 is the label. The model takes [0, 1] images [B, 3, H, W]; it is put in eval mode and back.
+    """Count how often the model's top-1 is the label, in eval mode. The model takes [0, 1] images [B, 3, H, W].
 
-    Several processes share the images out, and all get the score of the whole set. Samples that cannot be used are left out, and a
-    note names the first. Raises UserError for too many of them, for a set without images, and as `ImageSet.pictures` does.
+    Several processes share the images out, and all get the score of the whole set. Unusable samples are left out, and
+    a note names the first. Raises UserError for too many of them, for a set without images, and as
+    `ImageSet.pictures` does.
     """
     was_training = model.training
     model.eval()
@@ -101,7 +102,7 @@ def evaluate(
     threads: int = 1,
     label: str,
 ) -> dict[str, Score]:
-    """Score a model on every set in a data folder. All are checked before the first is scored. classes: names, in label order."""
+    """Score a model on every set in a data folder, after a check of them all. classes: names, in label order."""
     sets = {name: image_set(set_in(data, name), classes) for name in sets_below(data)}
     for images in sets.values():
         images.check()

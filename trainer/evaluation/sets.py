@@ -16,9 +16,10 @@ FIRST = ("val", "v2")  # columns that stand before the others
 
 
 def image_set(where: str | Path, names: Sequence[str]) -> ImageSet:
-    """The image set at ``where``, in any layout and behind any URL that stage 1 takes. names: classes of the shards, in label order.
+    """The image set at ``where``, in any layout and at any URL that stage 1 takes.
 
-    The folders of classes are those of `classes_for`. Raises UserError where there is no set, or one of another class list.
+    names: classes of the shards, in label order; `classes_for` says in which folders they lie.
+    Raises UserError where there is no set, or one of another class list.
     """
     data = _expanded(where)
     try:
@@ -28,20 +29,23 @@ def image_set(where: str | Path, names: Sequence[str]) -> ImageSet:
 
 
 def check_set(where: str | Path, names: Sequence[str]) -> None:
-    """Make sure, before the first step, that a set can be scored: `image_set`, then `ImageSet.check`. Raises UserError as they do."""
+    """Make sure that a set can be scored, by its headers and labels. Raises UserError as `ImageSet.check` does."""
     image_set(where, names).check()
 
 
 def classes_of(where: str | Path) -> list[str] | None:
-    """Class names that stand beside an image set, in label order; None where there is no list. Raises UserError for a broken one."""
+    """Class names from the list beside an image set, in label order; None where there is no list.
+
+    Raises UserError for a broken list.
+    """
     found = classes_beside(_expanded(where))
     return None if found is None else list(found[0].names)
 
 
 def sets_below(data: str | Path) -> list[str]:
-    """Names of the evaluation sets in a data folder, local or a URL: its sub-folders of tars, of Parquet files or of class folders.
+    """Names of the evaluation sets in a data folder, local or at a URL; val and v2 come first.
 
-    ``train`` is left out; val and v2 come first. Raises UserError when there are none.
+    A set is a sub-folder of tars, of Parquet files or of class folders, but not ``train``. Raises UserError for none.
     """
     folder = Store(_expanded(data))
     if not folder.exists():

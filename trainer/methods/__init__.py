@@ -12,25 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Union
 from pydantic import Field
 
 from .advprop import AdvProp
+from .ard import ARD
 from .at import AT
 from .dad import DAD
+from .dad_images import DADImages
 from .dat import DAT
+from .dat_dad import DATDAD
 from .fast_advprop import FastAdvProp
 from .kd import KD
 from .live import LiveDAD, LiveKD
 from .method import Method, Needs, Passes, Step, Term
 from .plain import Plain
+from .rslad import RSLAD
 
 METHODS: tuple[type[Method], ...] = (
     Plain,
     KD,
     DAD,
+    DADImages,
+    ARD,
+    RSLAD,
     LiveKD,
     LiveDAD,
     AT,
     AdvProp,
     FastAdvProp,
     DAT,
+    DATDAD,
 )
 NAMES: tuple[str, ...] = tuple(method().name for method in METHODS)
 BY_NAME: Mapping[str, type[Method]] = dict(zip(NAMES, METHODS, strict=True))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from manifests import RunInfo, UserError
-from manifests.recipe import make_recipe
+from manifests.command import as_overrides
+from manifests.recipe import flatten
 
 Frozen = Callable[[torch.Tensor], Any]
 
@@ -29,10 +29,13 @@ def load_frozen(
 
 def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[Any, Any]) -> nn.Module:
     """One model of a run, ``teacher`` or ``discretizer``, frozen on the device. Raises UserError as `load_frozen` does."""
-    load = {"teacher": _teacher, "discretizer": _discretizer}[name]
-    tree = {**info.recipe, name: {**info.recipe.get(name, {}), **models.get(name, {})}}
+    from pipeline.method.discretizer import discretizer_of_run
+    from pipeline.method.teacher import teacher_of_run
+
+    load: Callable[..., nn.Module] = {"teacher": teacher_of_run, "discretizer": discretizer_of_run}[name]
+    overrides = as_overrides({field: value for field, value in flatten(models).items() if field.startswith(f"{name}.")})
     try:
-        return to_frozen(load(replace(info, recipe=tree)), device)
+        return to_frozen(load(info, overrides), device)
     except UserError as error:
         where = f"--set models.{name}.… says where it is on this machine"
         raise UserError(f"{error} (this field is run.json's; {where})") from error
@@ -63,16 +66,3 @@ def as_quantizer(discretizer: nn.Module) -> Frozen:
         return images.float(), codes
 
     return ask
-
-
-def _teacher(info: RunInfo) -> nn.Module:
-    from pipeline.method.teacher import teacher_of_run
-
-    return teacher_of_run(info)
-
-
-def _discretizer(info: RunInfo) -> nn.Module:
-    from pipeline.method.discretizer import Discretizer, build_discretizer
-
-    settings: Discretizer = make_recipe(Discretizer, info.recipe["discretizer"], "run.json: discretizer")
-    return build_discretizer(settings)

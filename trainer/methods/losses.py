@@ -47,3 +47,9 @@ def targets(images: Images, classes: int) -> torch.Tensor:
     weight = images.mixing.weight[:, None]
     own = F.one_hot(images.labels, classes)
     return weight * own + (1 - weight) * own[images.mixing.partner]
+
+
+def partner_logits(images: Images) -> torch.Tensor:
+    """The teacher's logits [B, classes] on the clean images of the same keys, for a method whose `Needs.partners` is set."""
+    assert images.partner is not None, f"the reader brought no partners of the {images.stream} stream"
+    return images.partner

@@ -14,6 +14,8 @@ import pytest
 
 from manifests.files.cache import cache_folder, lock
 
+from ...patience import PATIENCE
+
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
@@ -35,7 +37,7 @@ def test_the_first_that_is_set(variables: dict[str, str], expected: str, monkeyp
 NOBODY = """
 import os
 from manifests import UserError
-from manifests.cache import cache_folder
+from manifests.files.cache import cache_folder
 for name in ("HOME", "DAD_CACHE", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
 os.setuid(54321)
@@ -49,9 +51,9 @@ print(cache_folder("tars"))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without a home")
-def test_a_user_without_a_home(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_a_user_without_a_home(forked: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """A user without a home learns which variable to set; with it, no home is needed."""
-    told = python(NOBODY)
+    told = forked(NOBODY)
     assert told.stdout.splitlines() == [
         "this user has no home folder to keep a cache in; set DAD_CACHE to a folder on a local disk", "/scratch/tars"
     ], told.stderr  # fmt: skip
@@ -64,11 +66,11 @@ def test_a_forked_process_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
     def hold() -> None:
         with lock(tmp_path, "a"):
             held.set()
-            go_on.wait(30)
+            go_on.wait(PATIENCE)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert held.wait(30)
+    assert held.wait(PATIENCE)
     child = os.fork()
     if child == 0:
         with lock(tmp_path, "a"):  # waits for the parent's thread
@@ -77,7 +79,7 @@ def test_a_forked_process_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     go_on.set()
     holder.join()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)
     if ended == (0, 0):
@@ -90,7 +92,7 @@ def test_a_forked_process_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from manifests.cache import lock
+from manifests.files.cache import lock
 with lock(Path(sys.argv[1]), "a"):
     seen = Path(sys.argv[1]) / "inside"
     seen.touch(exist_ok=False)
@@ -99,11 +101,11 @@ with lock(Path(sys.argv[1]), "a"):
 """
 
 
-def test_one_holder_at_a_time(python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_one_holder_at_a_time(forked: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     """Three processes that want one lock follow each other; a fourth that is killed holding it stops nobody."""
     from concurrent.futures import ThreadPoolExecutor
 
-    killed = python(HOLDER.replace("time.sleep(0.2)", "seen.unlink(); import os; os.kill(os.getpid(), 9)"), tmp_path)
+    killed = forked(HOLDER.replace("time.sleep(0.2)", "seen.unlink(); import os; os.kill(os.getpid(), 9)"), tmp_path)
     assert killed.returncode == -9
     with ThreadPoolExecutor(3) as pool:
-        assert [told.returncode for told in pool.map(lambda _: python(HOLDER, tmp_path), range(3))] == [0, 0, 0]
+        assert [told.returncode for told in pool.map(lambda _: forked(HOLDER, tmp_path), range(3))] == [0, 0, 0]

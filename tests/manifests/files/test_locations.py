@@ -43,7 +43,7 @@ class Outer:
 
 @pytest.fixture
 def touched(tmp_path: Path) -> Iterator[Path]:
-    """A file that appears as soon as fsspec makes a `reference` file system, as a template that is rendered would make it."""
+    """A file that appears as soon as fsspec makes a `reference` file system, as rendering a template would."""
     marker = tmp_path / "pwned"
 
     class Touching(LocalFileSystem):  # type: ignore[misc]

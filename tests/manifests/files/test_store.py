@@ -173,9 +173,9 @@ print(store.names(""), store.read("x"), len(list(__import__("pathlib").Path(sys.
 """
 
 
-def test_a_limit_on_file_sizes(tmp_path: Path, python: Callable[..., Any]) -> None:
+def test_a_limit_on_file_sizes(tmp_path: Path, forked: Callable[..., Any]) -> None:
     """A file larger than `ulimit -f` or the file system allows: an error, the old file whole, nothing left behind."""
-    told = python(LIMITED, tmp_path)
+    told = forked(LIMITED, tmp_path)
     assert told.stdout == "refused\n['x'] b'old' 1\n", told.stderr[-500:]
 
 
@@ -205,7 +205,7 @@ def test_links_and_folders(tmp_path: Path) -> None:
 
 def test_stale_temporaries(tmp_path: Path) -> None:
     """Temporary files are not listed; those of this host's dead processes are removed, all other files stay."""
-    from manifests.files.store import HOST
+    from manifests.files.atomic import HOST
 
     names = [f".x.tar.{HOST}.{pid}.tmp" for pid in (2**22 + 5, os.getpid())] + [
         ".x.tar.elsewhere.7.tmp",

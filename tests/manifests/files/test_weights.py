@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import struct
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from manifests import UserError, find_file, load_weights
-from manifests.files.weights import files_fingerprint
+from manifests.files.weights import files_fingerprint, find_weights
 from manifests.recipe import PROJECT
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.float16)}
@@ -32,6 +33,45 @@ def test_layouts(tmp_path: Path) -> None:
     assert all(equal(load_weights(tmp_path / name)) for name in ("a.safetensors", "b.pt", "c.ckpt", "d.pth"))
 
 
+def test_wrappings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints as timm, torchvision's references, DeiT, Lightning, DDP and torch.compile write them, for a target's names."""
+    average = {name: value + 1 for name, value in STATE.items()}
+    settings = argparse.Namespace(lr=0.1)
+
+    def prefixed(*prefixes: str) -> dict[str, torch.Tensor]:
+        return {"".join(prefixes) + name: value for name, value in STATE.items()}
+
+    trees = {
+        "timm": {"epoch": 3, "state_dict": STATE, "args": settings, "metric": 75.1},
+        "torchvision": {
+            "model": prefixed("module."),
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+            "args": settings,
+        },
+        "deit": {"model": STATE, "scaler": {"scale": torch.ones(1)}},
+        "compiled": prefixed("_orig_mod."),
+        "both": prefixed("_orig_mod.", "module."),
+        "lightning": {"state_dict": prefixed("model.") | {"loss.weight": torch.ones(3)}, "callbacks": {}},
+        "diffusion": {"state_dict": prefixed("first_stage_model.") | {"unet.weight": torch.ones(3)}},
+    }
+    for name, tree in trees.items():
+        torch.save(tree, tmp_path / f"{name}.pth")
+        assert equal(load_weights(tmp_path / f"{name}.pth", STATE.keys())), name
+    assert capsys.readouterr().err == ""
+    torch.save({"state_dict": STATE, "state_dict_ema": average, "args": settings}, tmp_path / "best.pth.tar")
+    assert equal(load_weights(tmp_path / "best.pth.tar"))
+    said = capsys.readouterr().err
+    assert "the weights of state_dict are taken; state_dict_ema is there too: best.pth.tar#state_dict_ema" in said
+    found = load_weights(find_weights(f"{tmp_path}/best.pth.tar#state_dict_ema", "x"))
+    assert all(torch.equal(found[name], value) for name, value in average.items())
+    with pytest.raises(
+        UserError, match=r"best\.pth\.tar#ema: holds no such weights; it has state_dict, state_dict_ema"
+    ):
+        load_weights(find_weights(f"{tmp_path}/best.pth.tar#ema", "x"))
+    with pytest.raises(UserError, match=r"^x: .*gone\.pth: no such file"):
+        find_weights(f"{tmp_path}/gone.pth#ema", "x")
+
+
 class Trap:
     """Unpickling it makes a folder."""
 
@@ -43,13 +83,14 @@ class Trap:
 
 
 def test_code_is_never_run(tmp_path: Path) -> None:
-    """An object in a torch file, new or old format, or a bare pickle: refused, and its code does not run."""
+    """An object in a torch file or a bare pickle does not run: an inert shell stands for it, or the file is refused."""
     target = tmp_path / "pwned"
     torch.save({"state_dict": STATE, "hook": Trap(target)}, tmp_path / "new.pt")
     torch.save({"state_dict": STATE, "hook": Trap(target)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Trap(target)))
     (tmp_path / "named.safetensors").write_bytes(pickle.dumps(Trap(target)))
-    for name in ("new.pt", "old.pt", "bare.pkl", "named.safetensors"):
+    assert equal(load_weights(tmp_path / "new.pt")) and not target.exists()
+    for name in ("old.pt", "bare.pkl", "named.safetensors"):
         with pytest.raises(UserError, match=name) as caught:
             load_weights(tmp_path / name)
         assert not target.exists() and "\n" not in str(caught.value)

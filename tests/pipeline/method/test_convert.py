@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from manifests import UserError
 from pipeline.method.discretizer import load_discretizer
 from tests.manifests.files.test_archive import Trap, lightning
 
 
 def test_from_the_command_line(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """CompVis' layout with callbacks, hyper-parameters, loss.* and a trap: refused; converted, the same discretizer."""
+    """CompVis' layout, with callbacks, hyper-parameters, loss.* and a trap: as it is, and converted, the same discretizer."""
     weights = load_file(world.vqgan)
     loss = {"loss.discriminator.main.0.weight": torch.zeros(2, 3), "loss.logvar": torch.zeros(())}
     source, out = (
@@ -22,8 +20,7 @@ def test_from_the_command_line(world, cli, tmp_path: Path) -> None:  # type: ign
         tmp_path / "vqgan.safetensors",
     )
     config = world.load().discretizer.config
-    with pytest.raises(UserError, match=r"last\.ckpt: holds more than tensors .*`python -m pipeline convert-vqgan"):
-        load_discretizer(config, str(source))
+    load_discretizer(config, str(source))
     told = cli("convert-vqgan", source, out)
     assert told.status == 0 and f"{len(weights)} tensors" in told.out and not (tmp_path / "pwned").exists()
     assert load_file(out).keys() == weights.keys()
@@ -44,7 +41,7 @@ def test_what_cannot_be_converted(world, cli, tmp_path: Path) -> None:  # type: 
     out = tmp_path / "out.safetensors"
     for name, target, message in (
         ("other.ckpt", out, "other.ckpt: holds no VQGAN (no quantize.embedding.weight among its 1 tensors)"),
-        ("page.ckpt", out, "page.ckpt: not a torch archive"),
+        ("page.ckpt", out, "page.ckpt: not a readable checkpoint"),
         ("missing.ckpt", out, "missing.ckpt"),
         ("other.ckpt", tmp_path / "out.ckpt", "out.ckpt: name the output OUT.safetensors"),
     ):

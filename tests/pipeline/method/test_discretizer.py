@@ -103,12 +103,11 @@ class Trap:
         return os.mkdir, (str(self.target),)
 
 
-def test_pickled_code_is_refused_and_not_run(world, config: VQGANConfig, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A checkpoint with an object beside its tensors is refused by name, and the object's code does not run."""
+def test_pickled_code_is_not_run(world, config: VQGANConfig, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A checkpoint that carries an object besides its tensors gives its tensors, and the object's code does not run."""
     target, path = tmp_path / "pwned", tmp_path / "evil.ckpt"
     torch.save({"state_dict": load_file(world.vqgan), "callbacks": Trap(target)}, path)
-    with pytest.raises(UserError, match=r"evil\.ckpt.*pickled code"):
-        load_discretizer(config, str(path))
+    load_discretizer(config, str(path))
     assert not target.exists()
     torch.load(path, weights_only=False)
     assert target.exists()  # the trap works: what held it was the loader

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifests import RunDir
+from manifests.devices import use_bf16
 from pipeline.job.models import Models
 from pipeline.job.shard import run_shard
 from pipeline.speed import batch_size
@@ -184,6 +185,14 @@ def test_batch(world, models: Models, finished_run: Path, tmp_path: Path) -> Non
     assert resolve_batch(automatic, RunDir(tmp_path / "new"), models) == replace(automatic, batch=ON_CPU)
     assert resolve_batch(automatic, RunDir(finished_run), models).batch == 5
     assert not (tmp_path / "new").exists()
+
+
+def test_precision(world, cli, finished_run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """`auto` is forecast in the format that a run would use: the device's, or that of the existing run."""
+    here = "bf16" if use_bf16("auto", torch.device("cpu")) else "fp32"
+    for out, expected in ((tmp_path / "new", here), (finished_run, "fp32")):
+        answer = cli("plan", "--recipe", world.recipe, "--out", out, "--set", "precision=auto")
+        assert line(answer.out, "speed").endswith(f", batch 5, {expected}")
 
 
 def test_the_search_for_a_batch_compiles_nothing(world, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -67,7 +67,9 @@ def test_not_a_text_file(tmp_path: Path) -> None:
 
 
 def test_imagenet() -> None:
-    """The benchmark's 1000 classes in its order: wnids sorted, names as OpenAI curated them; two pairs of classes share a name."""
+    """The benchmark's 1000 classes in its order: wnids sorted, names as OpenAI curated them; two pairs of classes
+    share a name.
+    """
     classes, fingerprint = find_classes("imagenet-1k")
     assert len(classes.names) == len(classes.folders) == len(set(classes.folders)) == 1000
     assert list(classes.folders) == sorted(classes.folders) and all(

@@ -18,6 +18,8 @@ from shards.sources import find_source
 from shards.sources.classes import ClassList, load_classes
 from shards.sources.folder import FolderPieces
 
+from ...patience import PATIENCE
+
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
 
 
@@ -39,7 +41,9 @@ def test_on_an_object_store(world) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_other_images_under_the_same_names_are_another_source(tmp_path: Path) -> None:
-    """Names and labels alone would let a run go on with other images; where only some of many were replaced, a sample of 64 shows it."""
+    """Names and labels alone would let a run go on with other images; where only some of many were replaced, a
+    sample of 64 shows it.
+    """
     (tmp_path / "n5").mkdir()
     files = [tmp_path / "n5" / f"{n}.jpg" for n in range(1000)]
     for file in files:
@@ -56,7 +60,7 @@ class Meeting(MemoryFileSystem):
 
     protocol = "meeting"
     cachable = False
-    together = threading.Barrier(8, timeout=30)
+    together = threading.Barrier(8, timeout=PATIENCE)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
         self.together.wait()
@@ -69,7 +73,9 @@ class Meeting(MemoryFileSystem):
 
 
 def test_files_are_fetched_at_the_same_time_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object store answers in tens of milliseconds: a piece asks for several files at once, and keeps their order."""
+    """An object store answers in tens of milliseconds: a piece asks for several files at once, and keeps their
+    order.
+    """
     monkeypatch.setenv("DAD_PROTOCOLS", "meeting")
     fsspec.register_implementation("meeting", Meeting, clobber=True)
     memory = fsspec.filesystem("memory")

@@ -1,4 +1,6 @@
-"""One set of images as an ImageFolder, as WebDataset tars and as Parquet files: what is recorded of it does not depend on the layout."""
+"""One set of images as an ImageFolder, as WebDataset tars and as Parquet files: what is recorded of it does not
+depend on the layout.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def records(run: Path, without: tuple[str, ...]) -> list[list[tuple[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def hub(world, tmp_path_factory: pytest.TempPathFactory, write_hub: Callable[..., None]) -> Path:  # type: ignore[no-untyped-def]
-    """The world's images in two Parquet files as the Hub has ImageNet: other names, and numbered by the order of its own names."""
+    """The world's images in two Parquet files as the Hub has ImageNet: other names, and numbered by the order of
+    its own names.
+    """
     folder = tmp_path_factory.mktemp("hub")
     names = sorted(CLASSES)
     rows = []
@@ -41,7 +45,9 @@ def hub(world, tmp_path_factory: pytest.TempPathFactory, write_hub: Callable[...
 
 
 def test_the_layout_does_not_matter(world, hub: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Every row is the same in all layouts but for key and place: label, verdict, reason, losses and lengths to the last bit."""
+    """Every row is the same in all layouts but for key and place: label, verdict, reason, losses and lengths to the
+    last bit.
+    """
     runs = {name: tmp_path / name for name in ("folder", "tars", "parquet")}
     for out, data in zip(runs.values(), (world.images, world.tars, hub), strict=True):
         make_shards(world.load(*ALONE, f"source.data={data}"), str(out))

@@ -31,7 +31,9 @@ def read(data: Path | str, shard_size: int = 1000, keys: str = "name") -> list[S
 @pytest.mark.parametrize("shard_size", [1, 7, 10, 25, 100])
 @pytest.mark.parametrize("group", [1, 10, 1000])
 def test_pieces_cover_every_row_once(tmp_path: Path, write_hub: WriteHub, shard_size: int, group: int) -> None:
-    """Row ranges that begin and end anywhere in and across row groups: together every row once, in order, each as it was written."""
+    """Row ranges that begin and end anywhere in and across row groups: together every row once, in order, each as
+    it was written.
+    """
     rows = [(f"image {n}".encode(), f"{n}.JPEG", n % 3) for n in range(61)]
     write_hub(tmp_path / "a.parquet", rows[:40], group=group)
     write_hub(tmp_path / "b.parquet", rows[40:], group=group)
@@ -81,7 +83,9 @@ def test_bad_rows_are_recorded(tmp_path: Path, write_hub: WriteHub) -> None:
 
 @pytest.mark.parametrize("names", [("bee", "wolf", "ant"), ("n5", "n9", "n1")])
 def test_label_numbers_follow_the_names(tmp_path: Path, write_hub: WriteHub, names: tuple[str, ...]) -> None:
-    """A file whose own numbering is another one, by class name or by wnid, is mapped through the names; label -1 stays no label."""
+    """A file whose own numbering is another one, by class name or by wnid, is mapped through the names; label -1
+    stays no label.
+    """
     rows = [(b"x", "bee.png", 0), (b"x", "wolf.png", 1), (b"x", "ant.png", 2), (b"x", "none.png", -1)]
     write_hub(tmp_path / "a.parquet", rows, names)
     samples = read(tmp_path)
@@ -90,7 +94,9 @@ def test_label_numbers_follow_the_names(tmp_path: Path, write_hub: WriteHub, nam
 
 
 def test_synonyms_keep_their_numbers(tmp_path: Path, write_hub: WriteHub) -> None:
-    """imagenet-1k on the Hub names 'tench, Tinca tinca' what the class list calls 'tench': as many classes, so the numbers hold."""
+    """imagenet-1k on the Hub names 'tench, Tinca tinca' what the class list calls 'tench': as many classes, so the
+    numbers hold.
+    """
     write_hub(tmp_path / "a.parquet", [(b"x", "0.png", 2)], ("wolf, Canis lupus", "ant, emmet", "bee"))
     assert read(tmp_path)[0].label == 2
 
@@ -99,7 +105,9 @@ def test_synonyms_keep_their_numbers(tmp_path: Path, write_hub: WriteHub) -> Non
 def test_one_name_spelt_otherwise_in_another_order_is_refused(
     tmp_path: Path, write_hub: WriteHub, known: tuple[str, ...]
 ) -> None:
-    """No set of names to map by, and a name that both know at another number: taking the numbers would mislabel every image."""
+    """No set of names to map by, and a name that both know at another number: taking the numbers would mislabel
+    every image.
+    """
     write_hub(tmp_path / "a.parquet", [(b"x", "0.png", 0)], (known[1], known[0], f"{known[2]}s"))
     with pytest.raises(
         UserError, match=rf"a\.parquet: its label 0 is '{known[1]}', number 1 of the class list; .*'{known[2]}s'"
@@ -117,7 +125,9 @@ def test_an_underscore_is_a_space(tmp_path: Path, write_hub: WriteHub) -> None:
 
 
 def test_imagenet_as_the_hub_names_it() -> None:
-    """WordNet's synonyms beside open_clip's curated names (700 of them equal the first synonym): one order, so the numbers hold."""
+    """WordNet's synonyms beside open_clip's curated names (700 of them equal the first synonym): one order, so the
+    numbers hold.
+    """
     from timm.data import ImageNetInfo
 
     known = ImageNetInfo("imagenet-1k")
@@ -170,7 +180,9 @@ def test_odd_metadata_name_nothing(tmp_path: Path, metadata: bytes) -> None:
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize(("image", "label"), [("image", "label"), ("img", "fine_label"), ("jpg", "cls")])
 def test_plain_binary_columns(tmp_path: Path, kind: pa.DataType, image: str, label: str) -> None:
-    """Images as a plain column of bytes, small or large offsets, under the names that are in use; other columns are left alone."""
+    """Images as a plain column of bytes, small or large offsets, under the names that are in use; other columns are
+    left alone.
+    """
     table = pa.table({"id": ["a", "b"], image: pa.array([b"x", b"y"], kind), label: pa.array([2, 0], pa.int32())})
     pq.write_table(table, tmp_path / "a.parquet")
     assert [(s.key, s.data, s.label) for s in read(tmp_path)] == [("a-000000", b"x", 2), ("a-000001", b"y", 0)]
@@ -208,7 +220,9 @@ def test_a_file_that_is_cut_off(tmp_path: Path, write_hub: WriteHub, cut: int) -
 
 
 def test_damage_in_the_middle_is_named(tmp_path: Path, write_hub: WriteHub) -> None:
-    """A page overwritten with zeros: the footer still plans, reading names the file; no row comes out wrong in silence."""
+    """A page overwritten with zeros: the footer still plans, reading names the file; no row comes out wrong in
+    silence.
+    """
     rows = [(bytes([n]) * 3000, f"{n}.png", 0) for n in range(40)]
     write_hub(tmp_path / "a.parquet", rows)
     data = bytearray((tmp_path / "a.parquet").read_bytes())

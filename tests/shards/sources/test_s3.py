@@ -12,7 +12,9 @@ from pipeline.generate import make_shards
 
 @pytest.mark.parametrize("kind", ["tars", "images"])
 def test_a_source_on_s3(world, finished_run: Path, faults: dict[str, float], tmp_path: Path, kind: str) -> None:  # type: ignore[no-untyped-def]
-    """Listed, planned and read like a folder, by its name or with braces; the tars that come out are the same to the byte."""
+    """Listed, planned and read like a folder, by its name or with braces; the tars that come out are the same to
+    the byte.
+    """
     folder = getattr(world, kind)
     store = Store(f"s3://bucket/source-{kind}")
     for path in (path for path in folder.rglob("*") if path.is_file()):

@@ -1,4 +1,6 @@
-"""What a source holds, cut into pieces; labels by the class list alone; whatever is wrong is recorded or refused by name."""
+"""What a source holds, cut into pieces; labels by the class list alone; whatever is wrong is recorded or refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def test_folder_labels_come_from_the_class_list(world) -> None:  # type: ignore[
 @pytest.mark.parametrize("kind", ["tars", "images"])
 @pytest.mark.parametrize("shard_size", [1, 5, 12, 100])
 def test_pieces_cover_the_source_once(world, kind: str, shard_size: int) -> None:  # type: ignore[no-untyped-def]
-    """No piece is larger than asked; together they hold every sample once; a piece is the same read alone or after the others."""
+    """No piece is larger than asked; together they hold every sample once; a piece is the same read alone or after
+    the others.
+    """
     classes = load_classes(world.clip / "prompts.yaml")
     plan = find_source(str(getattr(world, kind)), classes, shard_size)
     assert all(1 <= piece.count <= shard_size for piece in plan.pieces) and plan.samples == 36
@@ -116,7 +120,9 @@ def test_images_below_subfolders_and_other_files(tmp_path: Path) -> None:
 
 
 def test_unreadable_file_is_recorded(tmp_path: Path) -> None:
-    """A file that vanishes after planning, a link to nowhere, a folder named like an image: each a problem of that sample alone."""
+    """A file that vanishes after planning, a link to nowhere, a folder named like an image: each a problem of that
+    sample alone.
+    """
     (tmp_path / "n1" / "folder.jpg").mkdir(parents=True)
     (tmp_path / "n1" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for name in ("gone.jpg", "here.jpg"):
@@ -148,7 +154,9 @@ def test_empty_and_missing_tars(tmp_path: Path, write_tar: WriteTar) -> None:
 
 
 def test_two_kinds_in_one_folder(tmp_path: Path, write_tar: WriteTar, write_hub: Callable[..., None]) -> None:
-    """Which is meant nobody knows: both are named, locally and behind a URL. Folders that are no classes, and a list, leave no doubt."""
+    """Which is meant nobody knows: both are named, locally and behind a URL. Folders that are no classes, and a
+    list, leave no doubt.
+    """
     import fsspec
 
     write_tar(tmp_path / "n1.tar", [("x.jpg", b"data"), ("x.cls", b"0")])
@@ -168,7 +176,9 @@ def test_two_kinds_in_one_folder(tmp_path: Path, write_tar: WriteTar, write_hub:
 
 
 def test_links_are_what_they_lead_to(tmp_path: Path, write_tar: WriteTar, write_hub: Callable[..., None]) -> None:
-    """Linked tars, the Hub's cache (a snapshot of links into its blobs), linked class folders and images; a link to nothing is none."""
+    """Linked tars, the Hub's cache (a snapshot of links into its blobs), linked class folders and images; a link to
+    nothing is none.
+    """
     for folder in ("blobs", "tars", "hub", "classes/n5"):
         (tmp_path / folder).mkdir(parents=True)
     write_tar(tmp_path / "blobs" / "0123", [("x.jpg", b"data"), ("x.cls", b"0")])
@@ -214,7 +224,9 @@ def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
 
 
 def test_problems_of_tar_samples(tmp_path: Path, write_tar: WriteTar) -> None:
-    """A label that is missing, no number or outside the list, and a sample without an image: each recorded with its own reason."""
+    """A label that is missing, no number or outside the list, and a sample without an image: each recorded with its
+    own reason.
+    """
     members = [
         ("good.jpg", b"data"), ("good.cls", b" 2\n"),
         ("high.jpg", b"data"), ("high.cls", b"3"),
@@ -229,7 +241,8 @@ def test_problems_of_tar_samples(tmp_path: Path, write_tar: WriteTar) -> None:
     samples = {s.key: s for s in read(tmp_path)}
     reasons = {
         "high": "label 3 is outside the class list (0 to 2)", "low": "label -1 is outside the class list (0 to 2)",
-        "word": "label b'ant' is not an integer", "bytes": r"label b'\xff\xfe' is not an integer", "bare": "no label (KEY.cls)",
+        "word": "label b'ant' is not an integer", "bytes": r"label b'\xff\xfe' is not an integer",
+        "bare": "no label (KEY.cls)",
         "blind": "no image among the members (cls, txt)", "good": None, "upper": None,
     }  # fmt: skip
     assert {key: s.problem for key, s in samples.items()} == reasons
@@ -248,7 +261,9 @@ def test_problems_of_tar_samples(tmp_path: Path, write_tar: WriteTar) -> None:
 def test_stray_members_never_become_keys_that_break_the_contract(
     tmp_path: Path, write_tar: WriteTar, strays: list
 ) -> None:  # type: ignore[type-arg]
-    """What macOS and careless tools put into tars (``._x.jpg``, files without a stem or extension) is passed over, recorded or refused."""
+    """What macOS and careless tools put into tars (``._x.jpg``, files without a stem or extension) is passed over,
+    recorded or refused.
+    """
     write_tar(tmp_path / "a.tar", [("a.jpg", b"data"), ("a.cls", b"0"), *strays])
     try:
         samples = read(tmp_path)
@@ -300,7 +315,9 @@ def test_fingerprint(world, tmp_path: Path, write_tar: WriteTar) -> None:  # typ
 
 
 def test_the_same_keys_in_other_tars_are_another_source(tmp_path: Path, write_tar: WriteTar) -> None:
-    """Shards follow the tars: samples regrouped into other tars make other shards, so the fingerprint must tell them apart."""
+    """Shards follow the tars: samples regrouped into other tars make other shards, so the fingerprint must tell
+    them apart.
+    """
     members = [(f"k{n}.jpg", b"data") for n in range(6)]
     for name, cut in (("first", 3), ("second", 4)):
         (tmp_path / name).mkdir()
@@ -313,7 +330,9 @@ def test_the_same_keys_in_other_tars_are_another_source(tmp_path: Path, write_ta
 
 @pytest.mark.parametrize("damage", ["half", "flip", "zeros"])
 def test_a_damaged_tar_is_named(world, tmp_path: Path, damage: str) -> None:  # type: ignore[no-untyped-def]
-    """A source tar that is cut off, or has a header damaged or zeroed in its middle, is refused by name: no sample is lost in silence."""
+    """A source tar that is cut off, or has a header damaged or zeroed in its middle, is refused by name: no sample
+    is lost in silence.
+    """
     path = tmp_path / "source-0.tar"
     data = bytearray((world.tars / "source-0.tar").read_bytes())
     middle = data.index(b"img_006.jpg") // 512 * 512

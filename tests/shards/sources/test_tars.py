@@ -139,7 +139,9 @@ FAILING = (
 
 @pytest.mark.parametrize("command", FAILING)
 def test_a_command_that_fails(folder: Path, command: str) -> None:
-    """A status other than 0, also before a `|`, is named though the output looked whole; so is an output that is cut off, or empty."""
+    """A status other than 0, also before a `|`, is named though the output looked whole; so is an output that is
+    cut off, or empty.
+    """
     data = f"pipe:{command.format(folder=folder)}"
     with pytest.raises(UserError, match=r"pipe:.*(ended with status 3|not a readable tar)") as caught:
         find_source(data, CLASSES, 100)
@@ -164,7 +166,9 @@ def test_a_recipe_starts_no_command(world, tmp_path: Path, cli) -> None:  # type
 
 
 def test_keys_by_place(tmp_path: Path) -> None:
-    """Tars that all count from zero are refused by name; keys=place tells their samples apart, whatever the shard size."""
+    """Tars that all count from zero are refused by name; keys=place tells their samples apart, whatever the shard
+    size.
+    """
     for n in range(3):
         write(tmp_path / f"t{n}.tar", [f"{i:06d}" for i in range(5)])
     with pytest.raises(UserError, match=r"t1\.tar: key '000000' occurs twice .*--set source\.keys=place"):
@@ -179,7 +183,9 @@ def test_keys_by_place(tmp_path: Path) -> None:
 def test_ranges_of_bytes_cover_every_sample_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int, keys: str
 ) -> None:
-    """Large tars are cut at any byte, also within an image: every sample is in exactly one piece, with the key that it would have had."""
+    """Large tars are cut at any byte, also within an image: every sample is in exactly one piece, with the key that
+    it would have had.
+    """
     for n, count in enumerate((57, 3, 31)):
         write(tmp_path / f"t{n}.tar", [f"k{n}-{i:03d}" for i in range(count)])
     exact = find_source(str(tmp_path), CLASSES, shard_size, keys)  # type: ignore[arg-type]
@@ -207,7 +213,9 @@ def test_every_cut_of_a_tar_is_exact(tmp_path: Path) -> None:
 
 
 def test_a_tar_cut_between_members_is_named_by_its_last_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A download that stopped where a member ends: refused when all headers are read, and otherwise by the piece that comes to its end."""
+    """A download that stopped where a member ends: refused when all headers are read, and otherwise by the piece
+    that comes to its end.
+    """
     path = write(tmp_path / "t.tar", [f"k{i}" for i in range(40)])
     with tarfile.open(path) as tar:
         cut = tar.getmembers()[60].offset
@@ -223,7 +231,9 @@ def test_a_tar_cut_between_members_is_named_by_its_last_piece(tmp_path: Path, mo
 
 
 def test_large_sources_are_looked_into_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planning by size reads the headers of the first tar alone, and of the others the first; empty ones and repeated counters show."""
+    """Planning by size reads the headers of the first tar alone, and of the others the first; empty ones and
+    repeated counters show.
+    """
     for n in range(4):
         write(tmp_path / f"t{n}.tar", [f"{n}-{i}" for i in range(20)])
     monkeypatch.setattr(tars, "EXACT", 10)

@@ -1,4 +1,6 @@
-"""``validation`` and ``images`` of a training recipe take every layout and place that stage 1 takes, with the same result."""
+"""``validation`` and ``images`` of a training recipe take every layout and place that stage 1 takes, with the same
+result.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def student(shards: Path, out: Path, *overrides: str) -> tuple[dict[str, bytes],
 def test_training_is_the_same(
     tiny_run: Path, labels_only: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str
 ) -> None:
-    """To the bit, and to the last image of the validation set: own images and validation in three layouts, and images in the shards."""
+    """To the bit, and to the last image of the validation set: own images and validation in three layouts, and
+    images in the shards.
+    """
     if place == "s3":
         request.getfixturevalue("object_store")
     root = {"local": str(tmp_path), "s3": f"s3://bucket/{tmp_path.name}"}[place]

@@ -14,8 +14,8 @@ def test_places() -> None:
     place = find_place(dict(torchrun))
     assert place is not None and (place.rank, place.world, place.local_rank) == (3, 8, 1)
     srun = {
-        "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "77",
-        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5", "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0",
     }  # fmt: skip
     place = find_place(srun)
     assert place is not None and (place.rank, place.world, place.local_rank) == (5, 16, 5)

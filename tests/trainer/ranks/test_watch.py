@@ -59,7 +59,7 @@ def test_a_rank_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, he
 
 
 def test_it_says_for_whom_a_machine_waits(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Once, one rank of each machine, long before it gives up; with the host whose name is not known (here: no name can be)."""
+    """One rank of each machine says it once, long before it gives up, and names the host that cannot be found."""
     monkeypatch.setenv("MASTER_ADDR", "rank-0.invalid")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setattr(watch, "COMING", 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .dataset import ShardDataset
+from ..dataset import ShardDataset
 from .plan import classes_in_windows
 
 

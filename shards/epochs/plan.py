@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .seeds import digest
+from ..seeds import digest
 
 WINDOWS_LOOKED_AT = 8  # whose classes are counted; together some ten thousand samples
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shards import seeded_generator
-from shards.plan import classes_in_windows, cut, plan_epoch
+from shards.epochs.plan import classes_in_windows, cut, plan_epoch
 
 SIZES = (9, 12, 0, 7, 11, 1, 14, 5)  # samples of each shard; one has none
 SHARDS = np.repeat(np.arange(len(SIZES)), SIZES)
@@ -25,13 +25,13 @@ def order(
 @pytest.mark.parametrize("window", [1, 2, 3, 16])
 @pytest.mark.parametrize("epoch", range(3))
 def test_a_permutation(window: int, epoch: int) -> None:
-    """Every sample exactly once an epoch."""
+    """An epoch holds every sample exactly once."""
     found = order(epoch=epoch, window=window)
     assert found.dtype == np.int64 and sorted(found) == list(range(len(SHARDS)))
 
 
 def test_deterministic_and_different() -> None:
-    """The same (seed, epoch, window, stream) gives the same order, another of any of them another."""
+    """Equal (seed, epoch, window, stream) give equal orders; changing any of the four changes the order."""
     first = order()
     assert np.array_equal(first, order())
     for other in (order(epoch=1), order(seed=1), order(window=2), order(stream="dad")):
@@ -48,14 +48,14 @@ def test_the_global_random_state_does_not_matter() -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 16])
 def test_windows(window: int) -> None:
-    """A window holds all samples of at most ``window`` shards and of no other: a reader needs only these tars at a time."""
+    """A window holds all samples of at most ``window`` shards and no others: a reader needs only these tars."""
     filled = sum(size > 0 for size in SIZES)
     for epoch in range(5):
         visited = SHARDS[order(epoch=epoch, window=window)]
         seen: set[int] = set()
         at = 0
         while at < len(visited):
-            # a window ends where all samples of the shards in it have come
+            # a window ends after all samples of its shards
             now: list[int] = []
             end = at
             for first in range(at, len(visited)):
@@ -86,7 +86,7 @@ def test_shards_are_permuted() -> None:
 
 
 def test_numbers_of_shards_may_have_gaps() -> None:
-    """What counts is which samples share a shard, not its number; no samples at all give an empty order."""
+    """Only the grouping into shards counts, not their numbers. No samples give an empty order."""
     assert np.array_equal(order(shards=SHARDS * 10 + 7), order())
     assert order(shards=np.empty(0, np.int32)).tolist() == []
     assert order(shards=np.zeros(4, np.int32)).shape == (4,)
@@ -104,7 +104,7 @@ def test_ranks_share_a_batch(size: int, world: int) -> None:
 
 
 def test_seeded_generator() -> None:
-    """Equal parts give equal numbers, by a hash that is the same in every process; another part gives others."""
+    """Equal values give equal numbers in every process; changing one value changes the number."""
     assert torch.equal(
         torch.rand(5, generator=seeded_generator("a", 1)), torch.rand(5, generator=seeded_generator("a", 1))
     )
@@ -118,7 +118,7 @@ def test_seeded_generator() -> None:
     ("classes", "shards", "size"), [(1000, 200, 100), (100, 60, 30), (10, 50, 2), (5, 5, 10), (2, 40, 4), (3, 4, 1)]
 )
 def test_classes_in_windows(classes: int, shards: int, size: int) -> None:
-    """As many in shuffled samples as is to be expected, however small the set; in sorted ones as many as the planned windows have."""
+    """Shuffled samples show as many classes as expected, however small the set; sorted ones those of the windows."""
     of = np.repeat(np.arange(shards), size)
     labels = np.random.default_rng(0).integers(0, classes, len(of))
     for window in (1, 4, 16):

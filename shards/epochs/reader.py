@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from manifests import RunInfo, Store, UserError
 from manifests.signals import ignore_sigterm_unless_from_parent, sigterm_blocked
 
+from ..cache import TarCache
+from ..dataset import ShardDataset, StreamName
+from ..seeds import seeded_generator
+from ..views import replay, view_of_epoch
 from .batches import Batch, BatchBuilder, StreamBatch, Transform
-from .cache import TarCache
-from .dataset import ShardDataset, StreamName
 from .fit import bytes_at_a_time, poor_in_classes, too_few
 from .partners import Partners
 from .plan import EpochPlan, cut, plan_epoch
-from .seeds import seeded_generator
-from .views import replay, view_of_epoch
 
 READ_AHEAD = 4 * 2**30  # bytes of images that the loader of a rank keeps ready, in shared memory
 

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from manifests import RunDir, RunInfo, UserError
 from manifests.recipe import fingerprint
 
-from .dataset import ShardDataset, StoredSample
-from .index import kept_table
+from ..dataset import ShardDataset, StoredSample
+from ..index import kept_table
 
 VERSION = 1  # of the files in the cache folder
 

@@ -1,0 +1,45 @@
+"""RSLAD (Zi et al., 2021) as the DAD paper uses it (tables 1 to 3): stored DAD images in place of attacks on the student.
+
+Both terms aim at the teacher's soft label of the clean image; no hard label is used. The original's weights are 5/6 and 1/6, T = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from manifests import recipe_dataclass
+from manifests.recipe import Share
+
+from .losses import distillation_kl, partner_logits
+from .method import Needs, Passes, Step, Term
+
+
+@recipe_dataclass
+class RSLAD:
+    """b T^2 KL(teacher(x) || student(x''); T) + (1 - b) T^2 KL(teacher(x) || student(x); T).
+
+    A clean image without a verified x'' keeps its own term.
+    """
+
+    name: Literal["rslad"] = "rslad"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T, of both terms."""
+    balance: Share = 5 / 6
+    """b, the share of the adversarial term."""
+
+    title: ClassVar[str] = "RSLAD on DAD images"
+    needs: ClassVar[Needs] = Needs(streams=("clean", "dad"), partners=True)
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(train=2)
+
+    def terms(self, step: Step) -> dict[str, Term]:
+        clean, dad = step.images["clean"], step.images["dad"]
+        on_clean, on_dad = step.student(clean.x, dad.x)
+        return {
+            "kl_clean": (1 - self.balance) * distillation_kl(on_clean, clean.logits, clean, self.temperature),
+            "kl_dad": self.balance * distillation_kl(on_dad, partner_logits(dad), dad, self.temperature),
+        }
