@@ -18,8 +18,8 @@ from manifests.rows import encode_table
 from shards import ShardDataset, TrainingReader, iterate_tar
 from shards.canvas import load_canvas
 from shards.own_images import OwnImages
-from tests.conftest import draw_pictures, jpeg, write_tar
 from tests.hub import LAYOUTS, write_layout
+from tests.world import draw_pictures, jpeg, write_tar
 
 MakeRun = Callable[..., Path]
 SIZES = (9, 12)

@@ -14,8 +14,8 @@ from trainer.evaluation.score import Score, evaluate, score_set
 from trainer.evaluation.sets import check_set, image_set, sets_below
 from trainer.student import create_student
 
-from ...conftest import draw_pictures, jpeg
 from ...hub import LAYOUTS, Labelled, write_layout
+from ...world import draw_pictures, jpeg
 from ..conftest import CLASSES, NAMES, SIDE, write_image_set
 
 CPU = torch.device("cpu")

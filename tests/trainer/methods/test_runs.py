@@ -23,7 +23,7 @@ from trainer.run import Training
 from trainer.tables.compare import compare
 from trainer.tables.methods import methods_table
 
-from ...conftest import World
+from ...world import World
 from ..conftest import SIDE, write_image_set
 
 CPU = torch.device("cpu")
