@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from trainer.images.mixing import Mixing
-from trainer.methods import METHODS, NAMES, Method, Step
+from trainer.methods import DAD, METHODS, NAMES, Method, Step
 from trainer.methods.advprop import AdvProp
+from trainer.methods.ard import ARD
 from trainer.methods.method import Images, total
+from trainer.methods.rslad import RSLAD
 
 from .conftest import BATCH, batch_of, count_images, learner_of, settings, step_of, student_of, totals_of
 
@@ -109,6 +111,17 @@ def expected_loss(name: str, seen: Seen, clean: Images, dad: Images | None) -> f
     if name == "dad":
         on_clean = kl(out[0], stored, clean.mixing)
         return ce(out[0], clean) + A * (on_clean + kl(out[1], dad.logits.tolist(), dad.mixing))
+    if name == "dad_images":
+        return ce(out[0], clean) + ce(out[1], dad)
+    if name == "dat_dad":
+        on_both = kl(out[0], stored, clean.mixing) + kl(out[1], dad.logits.tolist(), dad.mixing)
+        return ce(out[0], clean) + A * (on_both + ce(out[2], clean))
+    if name in ("ard", "rslad"):
+        assert dad.partner is not None
+        on_dad = kl(out[1], dad.partner.tolist(), dad.mixing)  # the label of the clean image, beside x''
+        if name == "ard":
+            return ce(out[0], clean) + A * on_dad
+        return 5 / 6 * on_dad + 1 / 6 * kl(out[0], stored, clean.mixing)
     if name == "dad_live":
         return ce(out[0], clean) + A * (kl(out[0], seen.ask(clean.x), None) + kl(out[1], seen.ask(dad.x), None))
     raise AssertionError(f"write out the formula of {name} here")
@@ -120,6 +133,10 @@ SHOWN = {  # what the student sees, in order: (set of batch norms, images)
     "fast_advprop": lambda x, dad, made: [(0, x[2:]), (1, made)],
     "dat": lambda x, dad, made: [(0, x), (0, made)],
     "dad": lambda x, dad, made: [(0, x), (0, dad)],
+    "dad_images": lambda x, dad, made: [(0, x), (0, dad)],
+    "ard": lambda x, dad, made: [(0, x), (0, dad)],
+    "rslad": lambda x, dad, made: [(0, x), (0, dad)],
+    "dat_dad": lambda x, dad, made: [(0, x), (0, dad), (0, made)],
     "dad_live": lambda x, dad, made: [(0, x), (0, dad)],
 }
 
@@ -174,3 +191,28 @@ def test_passes_are_those_that_are_stated(method: Method) -> None:
 def test_a_training_pass_is_the_unit_of_cost() -> None:
     """An attack pass is two thirds of it: AdvProp with five steps is 2 + 10/3."""
     assert AdvProp().passes.times_plain == pytest.approx(2 + 5 * 2 / 3)
+
+
+def test_ard_with_the_labels_of_its_own_images_is_dad_without_its_clean_term() -> None:
+    """And RSLAD with equal weights is then DAD without its cross-entropy."""
+    learner, _ = learner_of(student_of().eval())
+    batch = batch_of()
+    batch["dad"].partner = batch["dad"].logits
+    terms = {}
+    for method in (DAD(temperature=T, weight=A), ARD(temperature=T, weight=A), RSLAD(temperature=T, balance=0.5)):
+        step = step_of(learner, batch, settings(method))
+        terms[method.name] = {name: total({name: term}, totals_of(batch)) for name, term in method.terms(step).items()}
+    dad, ard, rslad = terms["dad"], terms["ard"], terms["rslad"]
+    assert ard.keys() == {"ce", "kl_dad"} and all(torch.allclose(ard[name], dad[name]) for name in ard)
+    assert rslad.keys() == {"kl_clean", "kl_dad"} and all(torch.allclose(A / 0.5 * rslad[n], dad[n]) for n in rslad)
+
+
+def test_rslad_reads_no_labels() -> None:
+    learner, _ = learner_of(student_of().eval())
+    batch = batch_of()
+    losses = []
+    for _ in range(2):
+        losses.append(total(RSLAD().terms(step_of(learner, batch, settings(RSLAD()))), totals_of(batch)))
+        for some in batch.values():
+            some.labels = some.labels.flip(0)
+    assert torch.equal(*losses)
