@@ -42,17 +42,21 @@ class TarCache:
                 continue
 
     def fetch(self, source: Store, tar: TarRecord) -> str:
-        """Make sure that a tar is here, whole: its size and sha256 are compared before it gets its name, which is returned.
+        """Fetch a tar unless it is here, and return its name in the cache.
 
-        Several processes that want the same tar fetch it once. Raises UserError naming the URL when it is missing, cannot be read, is
-        not the one that the manifest describes, or does not fit; naming the cache folder when that cannot be written.
+        It gets that name only after its size and sha256 were compared.
+
+        Several processes that want the same tar fetch it once. Raises UserError naming the URL when it is missing,
+        cannot be read, is not the one that the manifest describes, or does not fit; naming the cache folder when that
+        cannot be written.
         """
         name = f"{tar.sha256}.tar"
         if self._is_here(name, tar.size):
             return name
         if tar.size > self.limit:
             raise UserError(
-                f"{source.where(tar.name)}: {tar.size:,} bytes do not fit into a cache of {self.limit:,}; raise cache_gb"
+                f"{source.where(tar.name)}: {tar.size:,} bytes do not fit into a cache of {self.limit:,}; "
+                "raise cache_gb"
             )
         with lock(self.folder, tar.sha256[:2]):
             if not self._is_here(name, tar.size):
@@ -89,7 +93,7 @@ class TarCache:
             total -= held
 
     def _held(self) -> Iterator[tuple[int, int, Path]]:
-        """(when it was last used, bytes, path) of every tar that is here; other processes, or the user, may be removing some."""
+        """(last use, bytes, path) of every tar in the cache. Others may remove some meanwhile."""
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):
                 found = path.stat()

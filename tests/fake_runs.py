@@ -71,7 +71,10 @@ def write_noise_run(
     images: bool = True,
     prefix: str = "",
 ) -> Path:
-    """8 x 8 images of noise, classes ``names``, keys that begin with ``prefix``. Two of three samples are verified, one of each shard is an error."""
+    """8 x 8 images of noise, classes ``names``, keys that begin with ``prefix``.
+
+    Two of three samples are verified, one of each shard is an error.
+    """
     rng, shards = np.random.default_rng(0), []
     for shard, size in enumerate(sizes):
         samples = []

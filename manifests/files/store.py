@@ -69,7 +69,7 @@ class Store:
         return self._ask(name, lambda fs, path: int(fs.size(path)))
 
     def info(self, name: str) -> dict[str, Any]:
-        """What fsspec says of a file: its size, and a version under a name of the store's own. Raises FileNotFoundError."""
+        """What fsspec knows of a file: its size, and a version under the store's own name. Raises FileNotFoundError."""
         return self._ask(name, lambda fs, path: dict(fs.info(path)))
 
     def files_below(self) -> dict[str, dict[str, Any]]:

@@ -231,8 +231,8 @@ def discretizer_of_run(info: RunInfo, overrides: Sequence[str] = ()) -> nn.Modul
     if settings.kind == "diffusion":
         if is_download(weights) and not any(override.startswith("discretizer.weights=") for override in overrides):
             raise UserError(
-                f"{RUN}: discretizer.weights: {weights} would be downloaded because this file names it; if you want that "
-                f"model, say so with --set discretizer.weights={weights}, or name a local folder"
+                f"{RUN}: discretizer.weights: {weights} would be downloaded because this file names it; if you want "
+                f"that model, say so with --set discretizer.weights={weights}, or name a local folder"
             )
         note(f"{RUN} names the discretizer: {weights}; it is loaded now")
     return build_discretizer(settings)

@@ -1,7 +1,7 @@
-"""Real engines on this machine: a Slurm of two nodes, a Ray cluster. Work is taken from them in the middle; the bytes stay the same.
+"""A Slurm of two nodes and a Ray cluster on this machine lose work in the middle; the bytes stay the same.
 
-Skipped where an engine is not installed: Slurm by ``python -m tests.chaos.slurm_cluster`` and ``pip install -e '.[slurm]'``, Ray by
-``pip install -e '.[ray]'``.
+Skipped where an engine is not installed: Slurm by ``python -m tests.chaos.slurm_cluster`` and
+``pip install -e '.[slurm]'``, Ray by ``pip install -e '.[ray]'``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def asked(*command: str) -> str:
 
 
 def test_slurm(world, single_run: Path, run_digests: Digests, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """An array of 4: one task is requeued by the operator, one gets Slurm's warning and requeues itself. A sealed set comes back."""
+    """Of an array of 4 the operator requeues one task, and one requeues itself after Slurm's warning: a sealed set."""
     pytest.importorskip("submitit", reason="needs submitit: pip install --editable '.[slurm]'")
     if reason := why_not():
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Remote runs: a real HTTP server on loopback, a bounded cache that several processes share, damage and broken connections."""
+"""Remote runs over a real HTTP server: a bounded cache that processes share, damage, broken connections."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_cache_that_is_too_small_is_refused(server: Server) -> None:
 
 
 def test_the_smallest_cache_fetches_every_tar_once(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    """Workers that are a window apart, two streams whose windows end at different steps: nobody's tars are thrown out under them."""
+    """Workers stand a window apart, and two streams end their windows at different steps: no tar in use is evicted."""
     server = Server(make_run(tmp_path / "many", sizes=(12,) * 20))
     sizes = sorted((tar.size for tar in tars_of(server.folder)), reverse=True)
     reader = TrainingReader(server.url, batch_size=4, window=2, cache_gb=sum(sizes[:12]) / 2**30)
@@ -177,7 +177,7 @@ def test_the_smallest_cache_fetches_every_tar_once(make_run: Callable[..., Path]
 
 
 def test_tars_that_vanish_while_room_is_made(plain_run: Path, cache_folder: Path) -> None:
-    """A name that was listed and whose file has gone, as when somebody cleans the folder: there is nothing to count or to remove."""
+    """A listed file is gone, because somebody cleans the folder: nothing is left to count or to remove."""
     source, tars = Store(plain_run), tars_of(plain_run)
     cache = TarCache(max(tar.size for tar in tars))
     cache.fetch(source, tars[0])
@@ -192,7 +192,10 @@ def test_a_full_disk_says_what_to_lower(
     disk = small_disk("size=32k")
     monkeypatch.setenv("DAD_CACHE", str(disk))
     cache = TarCache(1 << 30)
-    wanted = rf"^{disk}/\w+: cannot keep a cache here \(No space left on device\); .*cache_gb, or set the environment variable DAD_CACHE"
+    wanted = (
+        rf"^{disk}/\w+: cannot keep a cache here \(No space left on device\); .*cache_gb, "
+        "or set the environment variable DAD_CACHE"
+    )
     with pytest.raises(UserError, match=wanted):
         for tar in tars_of(plain_run):
             cache.fetch(Store(plain_run), tar)
@@ -281,7 +284,7 @@ def test_few_requests_before_the_first_step(object_store: FaultyProxy, plain_run
 
 
 def test_a_server_that_lists_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a web server that forbids listings are compared one by one; it is not asked again for what it forbids."""
+    """A web server forbids listings: files are compared one by one, and it is not asked for a listing again."""
     monkeypatch.setattr(Handler, "list_directory", lambda handler, _path: handler.send_error(403))
     reader = TrainingReader(server.url, batch_size=7, window=2)
     server.fetched.clear()

@@ -34,7 +34,7 @@ def test_layouts(tmp_path: Path) -> None:
 
 
 def test_wrappings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checkpoints as timm, torchvision's references, DeiT, Lightning, DDP and torch.compile write them, for a target's names."""
+    """Checkpoints of timm, torchvision's references, DeiT, Lightning, DDP and torch.compile fit a target's names."""
     average = {name: value + 1 for name, value in STATE.items()}
     settings = argparse.Namespace(lr=0.1)
 

@@ -12,7 +12,7 @@ from tests.manifests.files.test_archive import Trap, lightning
 
 
 def test_from_the_command_line(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """CompVis' layout, with callbacks, hyper-parameters, loss.* and a trap: as it is, and converted, the same discretizer."""
+    """CompVis' layout with callbacks, hyper-parameters, loss.* and a trap loads the same as it is and converted."""
     weights = load_file(world.vqgan)
     loss = {"loss.discriminator.main.0.weight": torch.zeros(2, 3), "loss.logvar": torch.zeros(())}
     source, out = (

@@ -1,4 +1,4 @@
-"""A model folder of a stranger runs no Python, and a run of a stranger starts no download that the user does not name."""
+"""A stranger's model folder runs no Python; a stranger's run starts no download that the user does not name."""
 
 from __future__ import annotations
 
