@@ -54,7 +54,8 @@ def train(
 ) -> None:
     """Train a student, or go on with one that was interrupted.
 
-    On many devices, start it with torchrun --nproc-per-node=8 -m trainer train … or with srun.
+    \b
+    On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun.
     """
     from .ranks.distributed import joined  # not at the top: it imports torch, and --help must be quick
 
@@ -70,11 +71,11 @@ def train(
 
 
 @main.command("eval")
-@click.argument("runs", nargs=-1, metavar="RUNS…")
+@click.argument("runs", nargs=-1, metavar="[RUNS]…")
 @data_option
 @click.option("--out", default="reports", show_default=True, metavar="DIR", help="Folder for report.md and report.png.")
 def evaluate(runs: tuple[str, ...], data: str, out: str) -> None:
-    """Score students on every evaluation set, and write one table of them all.
+    """Score students on all evaluation sets, in one table.
 
     RUNS are student directories, or folders of them.  [default: runs]
     """

@@ -69,8 +69,8 @@ def with_method(info: StudentInfo) -> StudentInfo:
     fields = BY_NAME[name].__dataclass_fields__  # type: ignore[attr-defined]
     method = {"name": name} | {field: value for field, value in loss.items() if field in fields}
     recipe = {field: value for field, value in info.recipe.items() if field != "loss"} | {"method": method}
-    kept = {field: value for field, value in info.identity.items() if not field.startswith("loss.")}
-    return replace(info, recipe=recipe, identity=kept | {f"method.{field}": value for field, value in method.items()})
+    rest = {field: value for field, value in info.identity.items() if not field.startswith("loss.")}
+    return replace(info, recipe=recipe, identity=rest | {f"method.{field}": value for field, value in method.items()})
 
 
 class StudentDir:

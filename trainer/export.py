@@ -40,9 +40,8 @@ def export(run: StudentDir, out: str, *, onnx: bool = False) -> list[str]:
     }
     if onnx:
         files[ONNX] = to_onnx(student, info.side)
-    files[CARD] = model_card(
-        info, read_scores(run), onnx=onnx
-    ).encode()  # last, so that a directory with a card is complete
+    # last, so that a directory with a card is complete
+    files[CARD] = model_card(info, read_scores(run), onnx=onnx).encode()
     for name, data in files.items():
         store.write(name, data)
     return list(files)

@@ -223,14 +223,10 @@ def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
 def _opening(run: Training) -> str:
     recipe, directory = run.recipe, run.directory
     going_on = f", going on at step {run.steps_done}" if run.steps_done else ""
-    missing = run.reader.info.missing or {}
-    left_out = (
-        f"\n{directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
-    )
     return (
         f"{directory}: {recipe.student} {recipe.method.name}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
-        f"{directory}: {images_a_step(run.reader)} images a step, {cost_in_words(run.passes)}{left_out}"
+        f"{directory}: {images_a_step(run.reader)} images a step, {cost_in_words(run.passes)}"
     )
 
 
@@ -251,10 +247,10 @@ def _closing(run: Training) -> str:
 
 def cost_in_words(passes: Passes) -> str:
     """The cost of a method in words: the student's passes beside plain training's, and passes of other models."""
-    asked = [
+    others = [
         f"{count:g} of the {name}"
         for name, count in (("teacher", passes.teacher), ("discretizer", passes.discretizer))
         if count
     ]
-    more = f" and, per clean image, {' and '.join(asked)}" if asked else ""
+    more = f" and, per clean image, {' and '.join(others)}" if others else ""
     return f"{passes.times_plain:.2f} times the passes of plain training{more}"

@@ -26,7 +26,7 @@ class Optimizer:
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Weight decay; biases and normalisation layers get none."""
     momentum: Share = 0.9
-    """Momentum of sgd and the like."""
+    """Momentum, for optimizers that have it, such as sgd."""
     warmup: Annotated[float, Field(ge=0)] = 0.5
     """Epochs of linear warm-up."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0

@@ -116,5 +116,5 @@ def _switch_method(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     new = str(yaml.safe_load(named[-1]))
     if new == old.get("name") or new not in BY_NAME:
         return tree
-    kept = {field: old[field] for field in SHARED if field in old and hasattr(BY_NAME[new](), field)}
-    return tree | {"method": {"name": new} | kept}
+    shared = {field: old[field] for field in SHARED if field in old and hasattr(BY_NAME[new](), field)}
+    return tree | {"method": {"name": new} | shared}

@@ -85,7 +85,9 @@ def prepare(recipe: Recipe, out: str) -> Training:
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
     reader = open_reader(recipe)
-    for text in reader.notes() if distributed.is_first() else ():
+    missing = reader.info.missing or {}
+    left_out = [f"{recipe.shards}: was sealed without {len(missing)} of its shards"] if missing else []
+    for text in [*reader.notes(), *left_out] if distributed.is_first() else ():
         note(text)
     _check(recipe, reader)
     torch.backends.cudnn.benchmark = True  # pays off because batches have only two or three sizes
@@ -176,7 +178,7 @@ def check_weights(run: Training) -> None:
 
 
 def save(run: Training) -> None:
-    """Write a checkpoint, on rank 0. A run that resumes from it ends with the same bits."""
+    """Write a checkpoint, on rank 0. A run that resumes from it ends in the same bits on a CPU."""
     if not distributed.is_first():
         return
     state = {

@@ -32,14 +32,7 @@ from ..step import Learner, train_step
 from ..student import create_student, to_device
 from ..tables.methods import passes_in_words
 
-IGNORED = (
-    "pretrained",
-    "drop_path",
-    "dropout",
-    "ema",
-    "compile",
-    "sync_bn",
-)  # the ledger measures without these fields
+IGNORED = ("pretrained", "drop_path", "dropout", "ema", "compile", "sync_bn")  # the ledger leaves these fields out
 STUDENTS = (1, 2, 5, 10)  # numbers of students that share the cost of the shards
 
 
@@ -159,7 +152,7 @@ def whole_bursts(steps: int, workers: int) -> int:
 
 
 def clock(batches: Iterator[Batch], step: Callable[[Batch], None], warmup: int, device: torch.device) -> Timing:
-    """Run all batches, and time those after the first ``warmup``. The device is idle before and after."""
+    """Run all batches, and time the ones after the first ``warmup``. The device is idle before and after."""
     started = waited = 0.0
     images = 0
     for number, (batch, waiting) in enumerate(with_waits(batches)):

@@ -64,14 +64,13 @@ def joined() -> Iterator[None]:
         watch.leave()
     except (Exception, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once; use the seconds left to report why
-        # an interrupt comes from the user, to all ranks, or from torchrun, to those left after one died
+        # an interrupt comes from the user, to all ranks, or from torchrun, to the rest after one died
         broken, interrupted = is_broken_connection(error), isinstance(error, KeyboardInterrupt)
         missing = watch.roll_call() if broken or interrupted else []
         if watch.speaks_first(str(error)):
             if missing or broken:
-                why = one_line(
-                    error, 300
-                )  # long, because NCCL names the cause, such as two ranks on one GPU, at the end
+                # long, because NCCL names the cause, such as two ranks on one GPU, at the end
+                why = one_line(error, 300)
                 raise UserError(
                     obituary(missing)
                     if missing

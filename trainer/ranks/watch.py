@@ -68,9 +68,8 @@ class Watch:
     def speaks_first(self, message: str) -> bool:
         """Whether this rank is the first with an error and must report it; the others exit silently."""
         self._over.set()
-        hanging = threading.Timer(
-            SILENCE, os._exit, [USER_ERROR]
-        )  # a process group can keep the interpreter from exiting
+        # a process group can keep the interpreter from exiting
+        hanging = threading.Timer(SILENCE, os._exit, [USER_ERROR])
         hanging.daemon = True
         hanging.start()
         if self._heard:
@@ -135,7 +134,7 @@ class Watch:
         return obituary([0]) if self.place.rank == 1 or self.place.local_rank == 0 else None
 
     def _silent(self, others: range, beats: dict[int, tuple[bytes, int]]) -> list[int]:
-        """Ranks without a recent heartbeat. ``beats``: each rank's last heartbeat, and the own one at that time."""
+        """Ranks without a recent heartbeat. ``beats``: each rank's last heartbeat, and this rank's number then."""
         for other in others:
             key = f"beat/{other}"
             value = self._store.get(key) if self._store.check([key]) else b""
@@ -213,8 +212,8 @@ class Patience:
         waited = time.monotonic() - self.since
         reason = f" ({why})" if why else ""
         if waited > COMING:
-            told = f"{_name(missing)} not come in {COMING / 60:.0f} minutes{reason}"
-            raise UserError(f"of {self.place.world} ranks, {told}; look at the log of that machine")
+            late = f"{_name(missing)} not come in {COMING / 60:.0f} minutes{reason}"
+            raise UserError(f"of {self.place.world} ranks, {late}; look at the log of that machine")
         if waited > LATE and self.to_say:
             self.to_say = False
             print(
