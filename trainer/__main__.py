@@ -36,11 +36,11 @@ data_option = click.option(
 @main.command()
 @choice_options
 @click.option(
-    "--method", metavar="NAME", help="How the student learns, with that method's defaults; `methods` lists them."
+    "--method", metavar="NAME", help="Training method, with its default settings; the command `methods` lists them."
 )
-@click.option("--seed", type=int, help="Short for --set seed=….")
+@click.option("--seed", type=int, help="Seed of weights, order and augmentation; short for --set seed=….")
 @click.option(
-    "--out", metavar="DIR", help="The student's directory.  [default: runs/STUDENT-METHOD-sSEED, or RECIPE-…]"
+    "--out", metavar="DIR", help="Directory of the student.  [default: runs/STUDENT-METHOD-sSEED, or runs/RECIPE-…]"
 )
 @set_option
 def train(
@@ -52,8 +52,12 @@ def train(
     out: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train a student, or go on with one that was interrupted. On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun."""
-    from .ranks.distributed import joined  # not at the top: --help need not wait for torch.distributed and timm
+    """Train a student, or go on with one that was interrupted.
+
+    \b
+    On many devices: torchrun --nproc-per-node=8 -m trainer train …, or srun.
+    """
+    from .ranks.distributed import joined  # not at the top: it imports torch, and --help must be quick
 
     with joined():
         from .recipe import load
@@ -67,11 +71,14 @@ def train(
 
 
 @main.command("eval")
-@click.argument("runs", nargs=-1, metavar="RUNS…")
+@click.argument("runs", nargs=-1, metavar="[RUNS]…")
 @data_option
-@click.option("--out", default="reports", show_default=True, metavar="DIR", help="Where report.md and report.png go.")
+@click.option("--out", default="reports", show_default=True, metavar="DIR", help="Folder for report.md and report.png.")
 def evaluate(runs: tuple[str, ...], data: str, out: str) -> None:
-    """Score students on every evaluation set and set them side by side. RUNS: student directories, or folders of them [default: runs]."""
+    """Score students on all evaluation sets, in one table.
+
+    RUNS are student directories, or folders of them.  [default: runs]
+    """
     from .tables.compare import compare
 
     compare(runs or ("runs",), data, out)
@@ -82,7 +89,10 @@ def evaluate(runs: tuple[str, ...], data: str, out: str) -> None:
 @click.argument("out", metavar="OUT")
 @click.option("--onnx", is_flag=True, help="Write model.onnx too (pip install '.[onnx]').")
 def export_student(run: str, out: str, onnx: bool) -> None:
-    """Write the student of RUN to OUT, a directory for timm (local-dir:OUT) and, uploaded, for the Hugging Face hub (hf-hub:…)."""
+    """Write a student as a folder for timm and the Hugging Face hub.
+
+    RUN is a student directory. timm loads OUT as local-dir:OUT and, after an upload, as hf-hub:USER/NAME.
+    """
     from .checkpoint import StudentDir
     from .export import export
 
@@ -92,9 +102,11 @@ def export_student(run: str, out: str, onnx: bool) -> None:
 
 @main.command("demo-table")
 @choice_options
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Students per method.")
 @data_option
-@click.option("--out", default="runs/demo-table", show_default=True, metavar="DIR")
+@click.option(
+    "--out", default="runs/demo-table", show_default=True, metavar="DIR", help="Folder for the students and the report."
+)
 @set_option
 def table(
     recipe: str | None,
@@ -105,7 +117,10 @@ def table(
     out: str,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train plain, KD and DAD students with several seeds and print means ± standard errors. About an hour on two cores."""
+    """Train plain, KD and DAD students with several seeds.
+
+    Prints means ± standard errors. Takes about an hour on two cores.
+    """
     from .study import demo_table
 
     recipe, named = chosen(recipe, student, shards)
@@ -114,7 +129,10 @@ def table(
 
 @main.command()
 def methods() -> None:
-    """List the training methods: what each needs, and its cost in passes per clean image."""
+    """List the training methods with their needs and costs.
+
+    The cost of a method is its number of passes per clean image.
+    """
     from .tables.methods import methods_table
 
     click.echo(methods_table())

@@ -1,4 +1,7 @@
-"""A student's run directory: recipe, metrics, checkpoints. Checkpoints are tensors and numbers, read with ``weights_only=True``."""
+"""A student's directory: recipe, metrics, checkpoints.
+
+Checkpoints hold tensors and numbers alone, and are read with ``weights_only=True``.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +32,23 @@ STUDENT_INFO, LAST, BEST, METRICS = "student.json", "last.pt", "best.safetensors
 
 @dataclass
 class Progress:
-    """Where training is, and what it has measured so far; part of every checkpoint."""
+    """Where training is, and what it has measured so far. Every checkpoint holds it."""
 
     epoch: int = 0
     step: int = 0  # global batches consumed in this epoch
-    best: float = -1.0
-    images: int = 0  # that the student has seen, clean and DAD
-    seconds: float = 0.0  # of training, over all processes that took part
-    waited: float = 0.0  # seconds of these spent waiting for the next batch
-    validated: float = 0.0  # seconds of validation, on top of them
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch
-    rows: list[dict[str, float]] = field(default_factory=list)  # metrics.csv
-    manifest: str | None = None  # sha256 of the one that ``step`` counts in
+    best: float = -1.0  # highest validation top-1 in percent; -1 before the first validation
+    images: int = 0  # clean and DAD images that the student has seen
+    seconds: float = 0.0  # training time, added up over interruptions
+    waited: float = 0.0  # part of `seconds` spent waiting for the next batch
+    validated: float = 0.0  # validation time in seconds, not part of `seconds`
+    sums: dict[str, float] = field(default_factory=dict)  # losses, summed over the steps of this epoch
+    rows: list[dict[str, float]] = field(default_factory=list)  # rows of metrics.csv
+    manifest: str | None = None  # sha256 of the manifest that `step` refers to
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentInfo:
-    """``student.json``: what is needed to rebuild the student, and what it was made from."""
+    """``student.json``: how to rebuild the student, and from what it was made."""
 
     student: str  # timm model name
     classes: list[str]
@@ -54,11 +57,11 @@ class StudentInfo:
     std: list[float]
     recipe: dict[str, Any]
     identity: dict[str, Any]
-    shards: str  # fingerprint of the run directory that it learned from
+    shards: str  # fingerprint of the run directory
 
 
 def with_method(info: StudentInfo) -> StudentInfo:
-    """What a student was made from, in today's fields: students of earlier versions have ``loss`` where `method` stands now."""
+    """Translate an older ``student.json``, which has ``loss`` in place of `method`, to today's fields."""
     loss = info.recipe.get("loss")
     if not isinstance(loss, dict):
         return info
@@ -66,15 +69,15 @@ def with_method(info: StudentInfo) -> StudentInfo:
     fields = BY_NAME[name].__dataclass_fields__  # type: ignore[attr-defined]
     method = {"name": name} | {field: value for field, value in loss.items() if field in fields}
     recipe = {field: value for field, value in info.recipe.items() if field != "loss"} | {"method": method}
-    kept = {field: value for field, value in info.identity.items() if not field.startswith("loss.")}
-    return replace(info, recipe=recipe, identity=kept | {f"method.{field}": value for field, value in method.items()})
+    rest = {field: value for field, value in info.identity.items() if not field.startswith("loss.")}
+    return replace(info, recipe=recipe, identity=rest | {f"method.{field}": value for field, value in method.items()})
 
 
 class StudentDir:
     """Reads and writes one student's directory, atomically."""
 
     def __init__(self, path: str | Path) -> None:
-        if "://" in str(path):  # safetensors and TensorBoard know files alone
+        if "://" in str(path):  # safetensors and TensorBoard open local files only
             raise UserError(f"{path}: a student's directory is a local folder, not a URL; name a folder")
         self.path = Path(path).expanduser()
         self.store = Store(self.path)
@@ -83,7 +86,7 @@ class StudentDir:
         return str(self.path)
 
     def info(self) -> StudentInfo:
-        """Raises UserError when there is no student here."""
+        """What ``student.json`` says. Raises UserError when it is missing or damaged."""
         if not self.store.exists(STUDENT_INFO):
             raise UserError(f"{self}: no student here (no {STUDENT_INFO}); train one with `make train`")
         try:
@@ -94,11 +97,10 @@ class StudentDir:
                 f"{self.store.where(STUDENT_INFO)}: damaged ({why}); restore it, or train again in another --out"
             ) from error
 
-    def claim(self, info: StudentInfo) -> None:
-        """Start here, or go on with the same run. Raises UserError naming what differs from the run that is already here, or files that
-        are not a student's.
+    def begin(self, info: StudentInfo) -> None:
+        """Write ``student.json``, or accept the one of the same training. A student without a checkpoint is replaced.
 
-        A run that has no checkpoint yet has nothing to lose, and is replaced.
+        Raises UserError for a directory that holds another student, naming what differs, or files of something else.
         """
         if not self.store.exists(STUDENT_INFO):
             self._refuse_foreign()
@@ -109,12 +111,13 @@ class StudentDir:
                 raise UserError(f"{self}: was trained on another class list ({numbers}); choose another --out")
             if old.shards != info.shards:
                 raise UserError(
-                    f"{self}: was trained on other shards (fingerprint {old.shards}, now {info.shards}); choose another --out"
+                    f"{self}: was trained on other shards ({old.shards}, now {info.shards}); choose another --out"
                 )
             if found := first_difference(old.identity, info.identity):
                 name, was, now = found
                 raise UserError(
-                    f"{self}: was trained with another recipe: {name} was {was!r}, now {now!r}; choose another --out, or set it back"
+                    f"{self}: was trained with another recipe: {name} was {was!r}, now {now!r}; "
+                    "choose another --out, or set it back"
                 )
             return
         self.store.write(STUDENT_INFO, (json.dumps(asdict(info), indent=2) + "\n").encode())
@@ -127,23 +130,23 @@ class StudentDir:
             raise UserError(f"{self}: holds other students, such as {other.parent.name}; choose another --out")
 
     def save_last(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint to go on from: tensors, numbers, strings, and lists and dictionaries of them."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self.store.write(LAST, buffer.getvalue())
 
     def load_last(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None when there is none yet. Raises UserError when it is damaged."""
+        """The last checkpoint on the CPU; None before the first. Raises UserError when it is damaged."""
         if not self.store.exists(LAST):
             return None
         with self.store.open(LAST) as file:
             try:
-                if damaged := zipfile.ZipFile(
-                    file
-                ).testzip():  # torch writes a CRC of every tensor, and does not look at it
+                # torch writes a CRC of every tensor, but does not check it when reading
+                if damaged := zipfile.ZipFile(file).testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
                 file.seek(0)
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # zipfile and torch raise whatever their parsers stumble over
+            except Exception as error:  # zipfile and torch raise errors of many classes on damaged files
                 reason = one_line(error)
                 raise UserError(
                     f"{self.store.where(LAST)}: not a readable checkpoint; delete it to start again ({reason})"
@@ -151,12 +154,12 @@ class StudentDir:
         return state
 
     def save_best(self, student: Student) -> None:
-        """The plain timm state dict of the student, with its checksum."""
+        """Write the state dict of the timm model, without auxiliary norms, and its checksum."""
         weights = without_auxiliary(weights_of(student.model))
         self.store.write(BEST, _with_metadata(save(weights), {"format": "pt", "sha256": tensors_sha256(weights)}))
 
     def best_weights(self) -> dict[str, torch.Tensor]:
-        """What `save_best` wrote. Raises UserError when training has not got that far, or the file is damaged."""
+        """The weights that `save_best` wrote. Raises UserError when they are missing or damaged."""
         if not self.store.exists(BEST):
             raise UserError(f"{self}: no {BEST} (no epoch is finished yet, or it was removed); run `make train` again")
         try:
@@ -170,9 +173,12 @@ class StudentDir:
         return weights
 
     def load_student(self) -> Student:
-        """The best checkpoint as a model. Raises UserError as `info` and `best_weights` do, and when the two do not fit."""
+        """The student with its best weights, in eval mode, on the CPU.
+
+        Raises UserError as `info` and `best_weights` do, and when the weights do not fit the model.
+        """
         info, weights = self.info(), self.best_weights()
-        # The name alone would give the normalisation of its default weights; it may have started from others (MAE, DINO).
+        # mean and std come from student.json: pretrained weights (MAE, DINO) may use others than the model's default
         student = Student(
             create_student(info.student, len(info.classes), info.side).model, tuple(info.mean), tuple(info.std)
         )
@@ -184,14 +190,15 @@ class StudentDir:
 
 
 def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
-    """A safetensors file with metadata in the order given; the library writes them in another one each time."""
-    start = 8 + int.from_bytes(data[:8], "little")  # of the tensors: the length of the header, the header, then they
+    """Put metadata into a safetensors file. The library orders them differently each time, which changes the bytes."""
+    start = 8 + int.from_bytes(data[:8], "little")  # where tensor data begins: 8-byte length + header
     header = json.dumps({"__metadata__": metadata} | json.loads(data[8:start]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def describe(recipe: Recipe, student: Student, classes: list[str], side: int, shards: str) -> StudentInfo:
+    """The ``student.json`` of a training that begins. side: in pixels. shards: fingerprint of the run directory."""
     return StudentInfo(
         student=recipe.student,
         classes=classes,

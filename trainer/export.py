@@ -1,4 +1,4 @@
-"""A student for others: a directory that timm and the Hugging Face hub load, with a model card that holds its numbers; ONNX on request."""
+"""Export: a student as a folder for timm and the Hugging Face hub, with a model card, and as ONNX."""
 
 from __future__ import annotations
 
@@ -20,23 +20,19 @@ from .evaluation.score import Score
 from .methods import title_of
 from .student import Student, fixed_size, weights_of
 
-CONFIG, WEIGHTS, CARD, ONNX = (
-    "config.json",
-    "model.safetensors",
-    "README.md",
-    "model.onnx",
-)  # the names that the hub expects
+# the Hugging Face hub expects these names
+CONFIG, WEIGHTS, CARD, ONNX = "config.json", "model.safetensors", "README.md", "model.onnx"
 OPSET = 18
 
 
 def export(run: StudentDir, out: str, *, onnx: bool = False) -> list[str]:
-    """Write a student's best weights to a directory for ``timm.create_model("local-dir:OUT")``; returns the names of the files.
+    """Write a student's best weights to a directory for ``timm.create_model("local-dir:OUT")``.
 
-    Raises UserError when the run has no finished epoch, when the directory holds files that are not of an earlier export of this
-    student, or when ONNX is asked for and not installed.
+    Returns the names of the files. Raises UserError when the run has no finished epoch, when the directory holds other
+    files of these names, or when ONNX is asked for and not installed.
     """
     info, student, store = run.info(), run.load_student(), Store(out)
-    made_from = {"made_from": fingerprint([info.identity, info.shards])}  # timm does not look at it
+    made_from = {"made_from": fingerprint([info.identity, info.shards])}  # timm ignores this field
     _refuse_foreign(store, made_from)
     files = {
         CONFIG: (json.dumps(timm_config(info, student.model) | made_from, indent=2) + "\n").encode(),
@@ -44,7 +40,8 @@ def export(run: StudentDir, out: str, *, onnx: bool = False) -> list[str]:
     }
     if onnx:
         files[ONNX] = to_onnx(student, info.side)
-    files[CARD] = model_card(info, read_scores(run), onnx=onnx).encode()  # last: a directory with a card is complete
+    # last, so that a directory with a card is complete
+    files[CARD] = model_card(info, read_scores(run), onnx=onnx).encode()
     for name, data in files.items():
         store.write(name, data)
     return list(files)
@@ -61,19 +58,19 @@ def _refuse_foreign(store: Store, made_from: dict[str, str]) -> None:
         own = False
     if not own:
         raise UserError(
-            f"{store.where(taken[0])}: is not of an earlier export of this student (by this version); choose an empty folder"
+            f"{store.where(taken[0])}: was not exported from this student by this version; choose an empty folder"
         )
 
 
 def timm_config(info: StudentInfo, model: nn.Module) -> dict[str, Any]:
-    """``config.json`` in timm's format: architecture, classes, and the preprocessing of the images that the student learned from."""
+    """``config.json`` in timm's format: architecture, class names and preprocessing."""
     source: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     preprocessing = {
         "input_size": [3, info.side, info.side],
         "fixed_input_size": fixed_size(info.student),
         "mean": info.mean,
         "std": info.std,
-        "interpolation": "bicubic",  # resized to the side and cut in the middle, as `shards.canvas.load_canvas` does
+        "interpolation": "bicubic",  # with the next two: as `shards.canvas.load_canvas` does
         "crop_pct": 1.0,
         "crop_mode": "center",
         "num_classes": len(info.classes),
@@ -91,11 +88,14 @@ def timm_config(info: StudentInfo, model: nn.Module) -> dict[str, Any]:
 
 
 def to_onnx(student: Student, side: int) -> bytes:
-    """The student with its normalisation as ONNX: ``images`` float32 [B, 3, side, side] in [0, 1] -> ``logits`` [B, classes], any B."""
+    """The student as ONNX: ``images`` float32 [B, 3, side, side] in [0, 1] -> ``logits`` [B, classes], any B.
+
+    The normalisation is inside. Raises UserError when ONNX is not installed.
+    """
     try:
-        import onnxscript  # noqa: F401  # torch's exporter needs it, and says so at length
+        import onnxscript  # noqa: F401  # torch's exporter fails late without it, in many lines
     except ImportError as error:
-        raise UserError("onnx: is not installed; pip install '.[onnx]', or leave out --onnx") from error
+        raise UserError("--onnx: onnxscript is not installed; pip install '.[onnx]', or leave out --onnx") from error
     images = torch.rand(2, 3, side, side)
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
@@ -113,14 +113,14 @@ def to_onnx(student: Student, side: int) -> bytes:
 
 
 def read_scores(run: StudentDir) -> dict[str, Score]:
-    """What ``make eval`` measured on these very weights; empty when it has not."""
+    """Scores of these very weights; empty when ``make eval`` has not measured them."""
     if not run.store.exists(RESULTS):
         return {}
     return scores_from_json(run.store.read(RESULTS), weights=run.store.sha256(BEST)) or {}
 
 
 def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> str:
-    """README.md in the hub's format: what the student is, its numbers, how to load it, and what decided it."""
+    """README.md in the hub's format: what the student is, its scores, how to load it, its recipe."""
     front = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": ["image-classification", "timm"]}
     rows = [f"| {name} | {score.top1:.1f} ± {score.error:.1f} | {score.images:,} |" for name, score in scores.items()]
     numbers = ["Not evaluated yet (`make eval`)."]
@@ -130,15 +130,14 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
         "```python",
         "import timm",
         "",
-        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:USER/NAME" after uploading this folder',
+        "# after an upload: hf-hub:USER/NAME",
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
         "```",
     ]
     if onnx:
-        loading += [
-            "",
-            f"`{ONNX}` has the normalisation inside: `images` float32 [B, 3, {info.side}, {info.side}] in [0, 1] -> `logits`.",
-        ]
+        shape = f"[B, 3, {info.side}, {info.side}]"
+        loading += ["", f"`{ONNX}` has the normalisation inside: `images` float32 {shape} in [0, 1] -> `logits`."]
     return "\n".join(
         [
             "---",
@@ -146,8 +145,8 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
             "---",
             f"# {info.student}, {title_of(info.recipe['method']['name'])}",
             "",
-            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, trained on shards {info.shards}. Shards and "
-            "method: [Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441).",
+            f"{len(info.classes)} classes, {info.side} x {info.side} pixels, trained on shards {info.shards}. "
+            "Shards and method: [Discrete Adversarial Distillation, NeurIPS 2023](https://arxiv.org/abs/2311.01441).",
             "",
             "## Numbers",
             *numbers,
@@ -165,5 +164,5 @@ def model_card(info: StudentInfo, scores: dict[str, Score], *, onnx: bool) -> st
 
 
 def _public(value: Any) -> Any:
-    """Without the folders of this machine: of an absolute path, the last part."""
+    """Shorten an absolute path to its last part: a card names no folders of this machine."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

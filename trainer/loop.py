@@ -1,4 +1,4 @@
-"""The training loop: shards in, a student out. Stop it at any moment; the same command goes on exactly where it was."""
+"""The training loop: shards in, a student out. It may be stopped at any moment; the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ from .step import Losses, train_step
 from .student import fixed_size
 
 LOG_EVERY = 20  # steps
-ASK_EVERY = 5  # steps: a few seconds, where a cluster gives half a minute between the signal to stop and the end
+ASK_EVERY = 5  # steps; a few seconds, of the half minute that a cluster grants after its signal to stop
 T = TypeVar("T")
 
 
 def _nothing(*_: Any) -> None:
-    """What a hook does by default."""
+    """The default of every hook."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Calls on the way of a training run, on every rank; by default they do nothing. An exception in one ends the run.
+    """Functions that training calls on every rank; by default they do nothing. An exception in one ends training.
 
     `Training.steps_done` says where the run is.
     """
 
     before_training: Callable[[Training], None] = _nothing
-    """Everything is loaded and checked, and the run is where its last checkpoint was."""
+    """Everything is loaded and checked, and the last checkpoint is restored."""
     before_step: Callable[[Training, Batch], None] = _nothing
-    """The batch is read; nothing is learned from it yet."""
+    """The batch is read; the student has not learned from it yet."""
     after_step: Callable[[Training, Losses], None] = _nothing
-    """The student has its new weights. Reading the losses waits for the device."""
+    """The student's weights are updated. Reading the losses waits for the device."""
     before_save: Callable[[Training], None] = _nothing
-    """A checkpoint is written next, by rank 0."""
+    """Rank 0 is about to write a checkpoint."""
     before_validation: Callable[[Training], None] = _nothing
-    """All steps of an epoch are done and saved; validation follows, where the recipe names a set."""
+    """All steps of the epoch are done and saved. Validation follows if the recipe names a set."""
     after_epoch: Callable[[Training], None] = _nothing
-    """The epoch is validated and saved; `Progress.epoch` is the next one's number."""
+    """The epoch is validated and saved; `Progress.epoch` is already the next epoch's number."""
 
 
-def train(recipe: Recipe, out: str, hooks: Hooks = Hooks()) -> StudentDir:  # frozen
+def train(recipe: Recipe, out: str, hooks: Hooks = Hooks()) -> StudentDir:
     """Train a student to the end and return its directory.
 
-    hooks: called on the way, for whoever wants to watch a run or to end it at a given place.
+    hooks: to watch a run, or to end it at a given step.
     Raises UserError for an unknown student, shards that are missing or damaged, or a directory that holds another run.
     """
     with must_fit("the student does not fit into memory; free some, or choose a smaller one"):
@@ -92,9 +92,9 @@ def train(recipe: Recipe, out: str, hooks: Hooks = Hooks()) -> StudentDir:  # fr
 
 
 def train_epoch(run: Training, log: Log, bar: Any, hooks: Hooks) -> None:
-    """From where the run is to the end of its epoch, with checkpoints on the way.
+    """Train to the end of the current epoch, and write checkpoints on the way.
 
-    Raises KeyboardInterrupt after one more checkpoint when the process is told to stop.
+    Raises KeyboardInterrupt, after one more checkpoint, when the process receives a signal to stop.
     """
     recipe, reader, at, meter = run.recipe, run.reader, run.at, Meter()
     augment, pin = Augment(recipe.augmentation, run.side), run.device.type == "cuda"
@@ -120,13 +120,13 @@ def train_epoch(run: Training, log: Log, bar: Any, hooks: Hooks) -> None:
                 check_weights(run)
                 hooks.before_save(run)
                 save(run)
-                log.flush()  # what is on disk ends where the checkpoint does
+                log.flush()  # so that the log on disk ends at the same step as the checkpoint
                 saved = time.monotonic()
             bar.update()
             if pace.leave:
                 break
-        # A stop may arrive while the epoch's last checkpoint is being written. All ranks wait here: one that exits
-        # early ends the job, and rank 0's write with it. A stop that came meanwhile counts in the vote that follows.
+        # A stop may arrive while the last checkpoint is being written. All ranks wait here: one that exits early
+        # ends the job, and rank 0's write with it. A stop that came meanwhile counts in the vote that follows.
         distributed.agree(True)
         if distributed.any_rank(stop.asked):
             raise KeyboardInterrupt
@@ -136,20 +136,20 @@ def train_epoch(run: Training, log: Log, bar: Any, hooks: Hooks) -> None:
 
 @dataclass(frozen=True)
 class Pace:
-    """What follows a step, on all ranks alike."""
+    """What to do after a step, the same on all ranks."""
 
     log: bool  # write this step's losses to the log
     save: bool  # write a checkpoint
-    leave: bool  # end here
+    leave: bool  # stop training here
 
     @property
     def read(self) -> bool:
-        """Whether losses are read from the device, which waits for it. Nothing is saved unread."""
+        """Whether to read the losses, which waits for the device. Saving comes after reading: losses may be nan."""
         return self.log or self.save
 
 
 def _pace(run: Training, step: int, asked: bool, unsaved: float) -> Pace:
-    """asked: whether this process was told to stop. unsaved: seconds since the last checkpoint."""
+    """asked: whether this process received a signal to stop. unsaved: seconds since the last checkpoint."""
     last = run.at.step == run.reader.steps
     due, leave = unsaved > 60 * run.recipe.checkpoint_minutes, asked
     if distributed.world() > 1:  # ranks must agree, and asking costs time
@@ -159,7 +159,7 @@ def _pace(run: Training, step: int, asked: bool, unsaved: float) -> Pace:
 
 
 def advance(run: Training, batch: Batch) -> tuple[float, Losses]:
-    """One step of training: its learning rate, and the losses, still on the device."""
+    """Take one training step. Returns its learning rate, and its losses, still on the device."""
     recipe, reader, at, step = run.recipe, run.reader, run.at, run.steps_done
     settings, sizes = recipe.optimizer, reader.sizes(at.step)
     rate = learning_rate(step, peak=settings.lr, warmup=round(settings.warmup * reader.steps), total=run.all_steps)
@@ -172,13 +172,14 @@ def advance(run: Training, batch: Batch) -> tuple[float, Losses]:
 
 
 def end_epoch(run: Training, log: Log, hooks: Hooks) -> None:
-    """Validate, keep the best weights, write the epoch's row, save."""
+    """Validate, write the best weights, the epoch's row of metrics.csv and a checkpoint."""
     at, recipe = run.at, run.recipe
     row: dict[str, float] = {"epoch": at.epoch} | {name: total / run.reader.steps for name, total in at.sums.items()}
     better = True
     if recipe.validation is not None:
         distributed.share_buffers(run.final_student)
         started = time.monotonic()
+        part = recipe.batch // recipe.accumulate // distributed.world()  # fits into memory: training steps hold it
         score = score_set(
             run.final_student,
             image_set(recipe.validation, run.reader.classes),
@@ -186,17 +187,14 @@ def end_epoch(run: Training, log: Log, hooks: Hooks) -> None:
             run.device,
             bf16=run.bf16,
             threads=recipe.workers,
-            batch=max(
-                1, min(BATCH, recipe.batch // recipe.accumulate // distributed.world())
-            ),  # no more than a training step holds
+            batch=max(1, min(BATCH, part)),
         )
         at.validated += time.monotonic() - started
         row["val_top1"] = score.top1
         better = score.top1 >= at.best
         at.best = max(at.best, score.top1)
-        log.write(
-            {"val_top1": score.top1}, run.steps_done - 1
-        )  # with the epoch's last step: what comes from run.steps_done on, the next start drops
+        # at the epoch's last step: points from run.steps_done on are purged when training resumes
+        log.write({"val_top1": score.top1}, run.steps_done - 1)
     if better and distributed.is_first():
         run.directory.save_best(run.final_student)
     at.rows.append(row | {"images": at.images, "seconds": at.seconds})
@@ -209,7 +207,7 @@ def end_epoch(run: Training, log: Log, hooks: Hooks) -> None:
 
 
 def with_waits(items: Iterable[T]) -> Iterator[tuple[T, float]]:
-    """Each item with the seconds that it was waited for."""
+    """Each item with the seconds of waiting for it."""
     started = time.monotonic()
     for item in items:
         yield item, time.monotonic() - started
@@ -228,14 +226,10 @@ def _record(at: Progress, meter: Meter, log: Log, bar: Any) -> None:
 def _opening(run: Training) -> str:
     recipe, directory = run.recipe, run.directory
     going_on = f", going on at step {run.steps_done}" if run.steps_done else ""
-    missing = run.reader.info.missing or {}
-    left_out = (
-        f"\n{directory}: note: {recipe.shards} was sealed without {len(missing)} of its shards" if missing else ""
-    )
     return (
         f"{directory}: {recipe.student} {recipe.method.name}, {recipe.epochs} epochs of {run.reader.steps} steps, "
         f"{'bf16' if run.bf16 else 'fp32'} on {run.device}{going_on}\n"
-        f"{directory}: {images_a_step(run.reader)} images a step, {cost_in_words(run.passes)}{left_out}"
+        f"{directory}: {images_a_step(run.reader)} images a step, {cost_in_words(run.passes)}"
     )
 
 
@@ -255,11 +249,11 @@ def _closing(run: Training) -> str:
 
 
 def cost_in_words(passes: Passes) -> str:
-    """For people: the student's passes beside plain training's, and how often other models are asked."""
-    asked = [
+    """The cost of a method in words: the student's passes beside plain training's, and passes of other models."""
+    others = [
         f"{count:g} of the {name}"
         for name, count in (("teacher", passes.teacher), ("discretizer", passes.discretizer))
         if count
     ]
-    more = f" and, per clean image, {' and '.join(asked)}" if asked else ""
+    more = f" and, per clean image, {' and '.join(others)}" if others else ""
     return f"{passes.times_plain:.2f} times the passes of plain training{more}"

@@ -1,4 +1,4 @@
-"""Memory that runs out, on the device, in the process or in a loader worker, as one line that says what to change."""
+"""Turn running out of memory, on the device, in the process or in a loader worker, into one line with the fix."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from manifests.devices import must_fit
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns what torch raises when memory runs out inside the block into a UserError."""
+    """Turn torch's errors about memory inside the block into a UserError."""
     try:
         with must_fit("a batch does not fit into memory; raise accumulate, or lower batch"):
             yield
     except RuntimeError as error:
         what = str(error).partition("\n")[0][:160]
-        # May be raised anywhere: torch tells a worker's death from a signal handler. What a worker raised itself reads otherwise.
+        # torch reports a worker's death from a signal handler, anywhere in the block; a worker's own error differs
         if "DataLoader worker" in what and any(
             sign in what for sign in ("killed by signal", "exited unexpectedly", "shared memory")
         ):

@@ -1,4 +1,4 @@
-"""What training measures: losses, kept on the device and read seldom, and where they are written."""
+"""Measurements of training: losses stay on the device and are read rarely; scalars go to TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from shards import Batch
 from .ranks.distributed import gather, is_first, sum_over_ranks
 from .recipe import Recipe
 
-NAMED = 16  # samples in a message
+NAMED = 16  # most samples that a message names
 
 
 class Meter:
-    """Losses of the steps since they were last read. Reading waits for the device; adding does not."""
+    """Losses of the steps since the last reading. Reading waits for the device; adding does not."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, dict[str, torch.Tensor], list[str]]] = []
 
     def add(self, step: int, losses: Mapping[str, torch.Tensor], batch: Batch) -> None:
-        self._pending.append((step, dict(losses), [key for half in batch.values() for key in half.keys]))
+        """losses: scalars on the device. batch: the samples to name if one of them is not finite."""
+        self._pending.append((step, dict(losses), [key for part in batch.values() for key in part.keys]))
 
     def read(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, losses) of every step since the last reading, in order.
+        """(step, losses) of every step since the last reading, in order, summed over ranks.
 
-        Raises UserError, naming the samples, at the first step whose loss or gradient is not finite: the weights are spoiled from there
-        on, so nothing may be saved before reading.
+        Raises UserError, naming the samples, at the first step whose loss or gradient is not finite. The weights are
+        useless after such a step, so read before saving.
         """
         if not self._pending:
             return []
         pending, self._pending = self._pending, []
         own = torch.stack([torch.stack(list(losses.values())) for _, losses, _ in pending])
-        values = sum_over_ranks(own).tolist()  # one wait for all
+        values = sum_over_ranks(own).tolist()  # wait once for all steps
         read = []
         for (step, losses, keys), row in zip(pending, values, strict=True):
             named = dict(zip(losses, row, strict=True))
@@ -57,20 +58,22 @@ class Meter:
 
 
 def _suspects(keys: list[str], fine: bool) -> str:
-    """The samples of the ranks whose own loss is not finite; the gradient is shared, and then so is the suspicion."""
+    """The samples of ranks whose loss is not finite; of all ranks if only the gradient, which they share, is not.
+
+    keys, fine: this rank's samples, and whether its loss is finite.
+    """
     parts = gather((keys, fine))
-    found = [key for part, its_fine in parts if not its_fine for key in part] or [
-        key for part, _ in parts for key in part
-    ]
+    found = [key for part, its_fine in parts if not its_fine for key in part]
+    found = found or [key for part, _ in parts for key in part]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return ", ".join(found[:NAMED]) + more
 
 
 class Log:
-    """Scalars to TensorBoard and, if the recipe names a project, to Weights & Biases; of several processes the first one writes."""
+    """Writes scalars, on rank 0, to TensorBoard and, if the recipe names a project, to Weights & Biases."""
 
     def __init__(self, folder: Path, recipe: Recipe, start: int) -> None:
-        """start: the step to go on from; what an interrupted run logged after it is dropped."""
+        """start: the step to go on from; points that an interrupted run logged from there on are purged."""
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start) if is_first() else None
         self._wandb = _wandb_run(folder, recipe, recipe.wandb) if recipe.wandb and is_first() else None
 
@@ -93,7 +96,7 @@ class Log:
 
 
 def check_wandb(recipe: Recipe) -> None:
-    """Raises UserError when the recipe wants Weights & Biases and it is not installed, or not whole."""
+    """Raises UserError when the recipe asks for Weights & Biases and it cannot be imported."""
     if recipe.wandb is None:
         return
     try:
@@ -105,7 +108,7 @@ def check_wandb(recipe: Recipe) -> None:
 
 
 def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:
-    """A run that keeps its identity when it is resumed; on disk alone unless WANDB_MODE says otherwise."""
+    """Start or resume the run of this folder. It stays on disk unless WANDB_MODE=online."""
     import wandb
 
     return wandb.init(
@@ -120,6 +123,7 @@ def _wandb_run(folder: Path, recipe: Recipe, project: str) -> Any:
 
 
 def to_csv(rows: list[dict[str, float]]) -> str:
+    """A column for every name in any row; floats with six digits."""
     text = io.StringIO()
     writer = csv.DictWriter(
         text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from manifests import UserError, recipe_dataclass
+from manifests import UserError, one_line, recipe_dataclass
 from manifests.recipe import Share, nearest
 
-FUSED = ("adam", "adamw", "sgd", "momentum")  # of torch, in one pass over the weights: AdamW is 3.5x faster on CPU
+FUSED = ("adam", "adamw", "sgd", "momentum")  # torch has fused versions of these; AdamW is 3.5x faster on CPU
 
 
 @recipe_dataclass
@@ -24,32 +24,31 @@ class Optimizer:
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Not applied to biases and normalisation layers."""
+    """Weight decay; biases and normalisation layers get none."""
     momentum: Share = 0.9
-    """Of sgd."""
+    """Momentum, for optimizers that have it, such as sgd."""
     warmup: Annotated[float, Field(ge=0)] = 0.5
     """Epochs of linear warm-up."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
-    """Largest gradient norm; None: no clipping, but for lamb's own, in timm, at 1."""
+    """Largest gradient norm. None: no clipping (timm's lamb still clips at 1)."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Each layer's learning rate is this times that of the layer above it (fine-tuning); None: one rate for all."""
+    """Learning rate of a layer, as a fraction of the next layer's rate (fine-tuning). None: one rate for all."""
 
 
 def create_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over a timm model, whose own lists say what takes no weight decay and which layer is which.
+    """timm's optimizer over a timm model, which says which weights do not decay and what its layers are.
 
-    Raises UserError for a name that timm does not know, or that does not work here.
+    Raises UserError for an optimizer that timm does not know, or that does not work here with these settings.
     """
-    import timm.optim  # not at the top: recipes hold an `Optimizer`, and a command line need not wait for timm
+    import timm.optim  # not at the top: recipes hold an `Optimizer`, and reading a recipe must be quick
 
-    if settings.name.lower() not in timm.optim.list_optimizers():
-        raise UserError(
-            f"optimizer.name: timm knows no optimizer {settings.name!r}{nearest(settings.name, timm.optim.list_optimizers())}"
-        )
+    known = timm.optim.list_optimizers()
+    if settings.name.lower() not in known:
+        raise UserError(f"optimizer.name: timm knows no optimizer {settings.name!r}{nearest(settings.name, known)}")
     fused = {"fused": True} if settings.name.lower() in FUSED else {}
     if timm.optim.get_optimizer_info(settings.name.lower()).second_order:
         raise UserError(
-            f"optimizer.name: {settings.name} wants second derivatives, which training does not take; choose another"
+            f"optimizer.name: {settings.name} needs second derivatives, which are not computed; choose another"
         )
     try:
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
@@ -61,17 +60,15 @@ def create_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optim
             layer_decay=settings.layer_decay,
             **fused,
         )
-    except (
-        AssertionError,
-        ImportError,
-        ValueError,
-    ) as error:  # also of apex and bitsandbytes, which some of timm's take theirs from
-        raise UserError(f"optimizer.name: {settings.name} does not work here: {error}") from error
+    except (AssertionError, ImportError, ValueError) as error:  # some of timm's optimizers need apex or bitsandbytes
+        raise UserError(
+            f"optimizer.name: {settings.name} does not work here: {one_line(error)}; choose another, or other settings"
+        ) from error
     return optimizer
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Linear up to ``peak`` over ``warmup`` steps, then half a cosine down to 0 at ``total``."""
+    """The rate at a step: linear up to ``peak`` over ``warmup`` steps, then half a cosine down to 0 at ``total``."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)

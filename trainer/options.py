@@ -1,4 +1,4 @@
-"""Options of the command line that say what to learn from and what is to learn, the same for every command of stage 2."""
+"""Options that every training command shares: the recipe, the student and the shards."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from manifests.command import as_overrides, recipe_option_of
 from .recipes import DEMO, FOLDER
 
 _OPTIONS = (
-    recipe_option_of(FOLDER, None, "the demo's for its shards, else that of the student"),
-    click.option("--student", metavar="NAME", help="Any timm model, or one of the recipes."),
-    click.option("--shards", metavar="DIR", help="The run directory to read; short for --set shards=DIR."),
+    recipe_option_of(FOLDER, None, "demo for the demo's shards, else the student's recipe"),
+    click.option("--student", metavar="NAME", help="Any timm model, or the name of a recipe."),
+    click.option("--shards", metavar="DIR", help="Run directory to learn from; short for --set shards=DIR."),
 )
 
 
 def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--recipe``, ``--student`` and ``--shards``, for `chosen`."""
+    """Add ``--recipe``, ``--student`` and ``--shards`` to a command, which passes them to `chosen`."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def chosen(recipe: str | None, student: str | None, shards: str | None) -> tuple[str, list[str]]:
-    """The recipe that these options choose, and what they override in it. Raises UserError as `choose` does."""
+    """(recipe, overrides) that these options stand for. Raises UserError as `choose` does."""
     name, model = choose(recipe, student, shards)
     return name, as_overrides({"student": model, "shards": shards})
 
 
 def choose(recipe: str | None, student: str | None, shards: str | None) -> tuple[str, str | None]:
-    """(recipe, timm model or None for the recipe's own) for what a command names. ``student`` is a timm model or one of our recipes.
+    """Choose (recipe, timm model), None meaning the recipe's own. ``student``: a timm model or a recipe's name.
 
-    Where no recipe is named, shards of the demo's classes are learned from as in the demo, others by the recipe of the student's name,
-    or else the first that trains this model. Raises UserError when there is none, or there are no shards.
+    Without ``recipe``, shards with the demo's classes take the demo's recipe. Other shards take the recipe with the
+    student's name, or else the first one that trains this model.
+    Raises UserError when no recipe fits, or there are no shards.
     """
-    from .recipe import load  # not at the top: --help need not wait for torch
+    from .recipe import load  # not at the top: it imports torch, and --help must be quick
 
     own = {path.stem: load(path.stem).student for path in sorted(FOLDER.glob("*.yaml")) if path.stem != DEMO}
     model = own.get(student, student) if student else None
@@ -51,13 +52,13 @@ def choose(recipe: str | None, student: str | None, shards: str | None) -> tuple
     if not fitting:
         whose = f"{student} has" if student else "there is"
         raise UserError(
-            f"--recipe: {whose} no recipe for {shards}; name the one whose settings to take: {', '.join([DEMO, *own])}"
+            f"--recipe: {whose} no recipe for {shards}; name one to take settings from: {', '.join([DEMO, *own])}"
         )
     return fitting[0], None
 
 
 def _are_the_demos(shards: str) -> bool:
-    """Known by their place or, wherever they are, by their classes."""
+    """Whether these are the demo's shards, by their place or by their classes."""
     from .evaluation.sets import classes_of
     from .recipe import load
 

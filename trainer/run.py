@@ -1,4 +1,4 @@
-"""What one run of training works with: prepared from its recipe, saved, and found again where it was."""
+"""Prepare a run of training from its recipe, save it, and resume it."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from .student import Student, create_student, to_device, try_out
 
 @dataclass
 class Training:
-    """What one run of training works with, and where it is."""
+    """Everything that one run of training works with, and its progress."""
 
     recipe: Recipe
     directory: StudentDir
     reader: TrainingReader
-    side: int  # of the student's input, in pixels
+    side: int  # side of the student's input in pixels
     student: Student  # holds the weights
-    learner: Learner  # what a step works with
-    average: Any  # timm's ModelEmaV3 of the student, or None
+    learner: Learner
+    average: Any  # timm's ModelEmaV3 of the student; None without an average
     at: Progress
 
     @property
     def device(self) -> torch.device:
-        """Where the student learns."""
+        """The device of the student."""
         return self.learner.device
 
     @property
@@ -58,34 +58,39 @@ class Training:
 
     @property
     def steps_done(self) -> int:
-        """Steps since training began, over all epochs; the number of the step that comes next."""
+        """Steps since training began, over all epochs; also the number of the next step."""
         return self.at.epoch * self.reader.steps + self.at.step
 
     @property
     def final_student(self) -> Student:
-        """The student that is evaluated and exported: averaged, if the recipe averages."""
+        """The student to evaluate and export: the moving average if the recipe asks for one."""
         student: Student = self.student if self.average is None else self.average.module
         return student
 
     @property
     def passes(self) -> Passes:
-        """Passes per clean image, with as many DAD images as these shards hold."""
+        """Passes per clean image, given the number of DAD images in these shards."""
         samples = self.reader.samples
         return passes_of(self.recipe.method, samples.get("dad", 0) / samples["clean"])
 
 
 def prepare(recipe: Recipe, out: str) -> Training:
-    """Load everything, check it, and go to where the last checkpoint was."""
+    """Load and check everything, and restore the last checkpoint. ``out``: the student's directory.
+
+    Raises UserError for a recipe, shards, images or a directory that cannot be used.
+    """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = distributed.start(recipe.device)
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError(f"sync_bn: works on GPUs only, this is {device}; set sync_bn=false")
     reader = open_reader(recipe)
-    for text in reader.notes() if distributed.is_first() else ():
+    missing = reader.info.missing or {}
+    left_out = [f"{recipe.shards}: was sealed without {len(missing)} of its shards"] if missing else []
+    for text in [*reader.notes(), *left_out] if distributed.is_first() else ():
         note(text)
     _check(recipe, reader)
-    torch.backends.cudnn.benchmark = True  # for batches of two or three sizes; CPUs do not look at it
+    torch.backends.cudnn.benchmark = True  # pays off because batches have only two or three sizes
     info = reader.info
     side = recipe.input or reader.canvas
     torch.manual_seed(recipe.seed)
@@ -113,14 +118,14 @@ def prepare(recipe: Recipe, out: str) -> Training:
             raise UserError(f"validation: {error}; set another, or validation=null") from error
     directory = StudentDir(out)
     if distributed.is_first():
-        directory.claim(describe(recipe, student, reader.classes, side, info.fingerprint))
-    distributed.agree(True)  # nobody reads a checkpoint before it is known to be of this run
+        directory.begin(describe(recipe, student, reader.classes, side, info.fingerprint))
+    distributed.agree(True)  # other ranks wait here until rank 0 knows that the checkpoint is of this run
     if recipe.check_shards:
         reader.check()
     forward = distributed.replicate(student, device)
     learner = Learner(
         student=student,
-        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # batches have two or three sizes
+        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,  # two or three batch sizes
         optimizer=optimizer,
         device=device,
         bf16=bf16,
@@ -145,7 +150,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
 
 
 def open_reader(recipe: Recipe) -> TrainingReader:
-    """The streams that the recipe's method learns from, read as the recipe says."""
+    """A reader of the streams that the recipe's method needs."""
     needs = recipe.method.needs
     return TrainingReader(
         recipe.shards,
@@ -165,7 +170,7 @@ def open_reader(recipe: Recipe) -> TrainingReader:
 
 
 def check_weights(run: Training) -> None:
-    """Before anything is written. Raises UserError when an update has overflowed, which the next loss would show too late."""
+    """Raises UserError for weights that are not finite. Call it before saving: the next loss would show it too late."""
     if not torch.isfinite(nn.utils.get_total_norm(list(run.student.parameters()))):
         raise UserError(
             f"the weights are no longer finite at step {run.steps_done}; lower optimizer.lr, and run the command again"
@@ -173,7 +178,7 @@ def check_weights(run: Training) -> None:
 
 
 def save(run: Training) -> None:
-    """Write the checkpoint: everything that going on to the bit needs. Of several processes the first one writes."""
+    """Write a checkpoint, on rank 0. A run that resumes from it ends in the same bits on a CPU."""
     if not distributed.is_first():
         return
     state = {
@@ -187,9 +192,9 @@ def save(run: Training) -> None:
 
 
 def resume(run: Training) -> None:
-    """Go to where the last checkpoint was, if there is one. Raises UserError when it is of another student.
+    """Restore the last checkpoint, if there is one. Raises UserError when it is of another student.
 
-    Shards that were sealed anew hold other samples, in another order: the epoch begins again.
+    The epoch begins again when shards were sealed anew: they hold other samples, in another order.
     """
     info, state = run.reader.info, run.directory.load_last()
     run.at.manifest = info.manifest_sha256
@@ -207,15 +212,13 @@ def resume(run: Training) -> None:
         ) from error
     if run.at.manifest != info.manifest_sha256:
         if distributed.is_first():
-            what = "epoch begins again" if run.at.step else "training goes on"
-            note(
-                f"{run.recipe.shards}: sealed anew since the last checkpoint; the {what}, with the samples that are there now"
-            )
+            what = "the epoch begins again" if run.at.step else "training goes on"
+            note(f"{run.recipe.shards}: sealed anew since the last checkpoint; {what}, with the samples now there")
         run.at.step, run.at.sums, run.at.manifest = 0, {}, info.manifest_sha256
 
 
 def mend_best(run: Training) -> None:
-    """Where the best weights of a run that has finished an epoch are missing or damaged, write those of its last checkpoint."""
+    """Replace best weights that are missing or damaged by those of the last checkpoint, once an epoch is finished."""
     if run.at.epoch == 0 or not distributed.is_first():
         return
     try:
@@ -224,12 +227,12 @@ def mend_best(run: Training) -> None:
         where = run.directory.store.where(BEST)
         note(f"{where}: missing or damaged; the weights of the last checkpoint take its place")
         run.directory.save_best(run.final_student)
-        run.at.best = -1.0  # whatever the next epoch reaches
+        run.at.best = -1.0  # so that the next epoch becomes the best, whatever it scores
         save(run)
 
 
 def images_a_step(reader: TrainingReader) -> str:
-    """For people: "64 clean + 37.9 dad"."""
+    """Images per step in words, such as "64 clean + 37.9 dad"."""
     return " + ".join(f"{round(samples / reader.steps, 1):g} {stream}" for stream, samples in reader.samples.items())
 
 
@@ -245,27 +248,25 @@ def check_smallest_part(recipe: Recipe, reader: TrainingReader) -> None:
 
 
 def _smallest_part(recipe: Recipe, reader: TrainingReader) -> int:
-    """Images that the student sees at one time, at least."""
+    """Fewest images in one forward pass of the student."""
     parts = _parts(recipe, reader).values()
     return max(1, min(parts) if recipe.forward == "separate" else sum(parts))
 
 
 def _parts(recipe: Recipe, reader: TrainingReader) -> dict[str, int]:
-    """Images of each stream that a rank passes through at one time, at least."""
+    """Fewest images of each stream in one part of a batch on one rank."""
     parts = distributed.world() * recipe.accumulate
     return {stream: samples // reader.steps // parts for stream, samples in reader.samples.items()}
 
 
 def _check(recipe: Recipe, reader: TrainingReader) -> None:
-    """Raises UserError for a recipe that does not go with its shards or this machine."""
+    """Raises UserError for a recipe that does not fit its shards or this machine."""
     check_wandb(recipe)
     if recipe.workers > usable_cores() and distributed.is_first():
         cores = usable_cores()
         note(f"workers: {recipe.workers} loader processes on {cores} cores; workers={cores} takes less memory")
     for dataset in reader.datasets.values():
-        dataset.pixels(
-            0, dataset.read(0)
-        )  # labels without images, or images that cannot be read, are told before anything begins
+        dataset.pixels(0, dataset.read(0))  # fail now if shards hold labels only, or an image cannot be read
     if reader.views > 1 and (recipe.augmentation.flip or recipe.augmentation.crop < 1):
         raise UserError(
             f"augmentation: the shards hold {reader.views} views of an image, each with a soft label of its own; "
@@ -274,5 +275,6 @@ def _check(recipe: Recipe, reader: TrainingReader) -> None:
     check_smallest_part(recipe, reader)
     if recipe.accumulate > min(reader.samples.values()) // reader.steps // distributed.world():
         raise UserError(
-            f"accumulate: {recipe.accumulate} parts of a batch of {images_a_step(reader)}; some would be empty: lower it, or raise batch"
+            f"accumulate: {recipe.accumulate} parts of a batch of {images_a_step(reader)} leave some empty; "
+            "lower it, or raise batch"
         )

@@ -28,12 +28,10 @@ Losses = dict[str, torch.Tensor]  # "loss", the terms without their weights, and
 
 @dataclass(frozen=True)
 class Learner:
-    """What a step works with: the student in its forms, its optimizer, and the models that the method asks."""
+    """The student, its optimizer, and the frozen models that the method uses."""
 
-    student: nn.Module  # holds the weights; attacked as it is
-    forward: (
-        Forward  # what is called to train: the student, wrapped for several ranks and compiled where the recipe says so
-    )
+    student: nn.Module  # holds the weights; attacks use it directly
+    forward: Forward  # the student, wrapped for several ranks, and compiled if the recipe asks for it
     optimizer: torch.optim.Optimizer
     device: torch.device
     bf16: bool
@@ -43,27 +41,26 @@ class Learner:
 def train_step(
     learner: Learner, batch: Batch, recipe: Recipe, *, totals: Mapping[str, int], rate: float, step: int
 ) -> Losses:
-    """One update of the student; returns its losses, still on the device. `Meter` finds what is not finite.
+    """Update the student once; returns its losses, still on the device. `Meter` checks that they are finite.
 
-    totals: samples of each stream in the whole global batch, of which ``batch`` may be a part. Losses are sums over the samples
-    here, divided by them, so that those of all parts add up.
+    totals: samples of each stream in the global batch, of which ``batch`` is this rank's part. Losses are sums over the
+    samples here, divided by ``totals``, so that the losses of all parts add up.
     """
-    torch.manual_seed(
-        recipe.seed * 1_000_003 + step + (rank() << 40)
-    )  # dropout and the like; no generator state to save
+    # for dropout and the like; a seed per step, so that checkpoints need no generator state
+    torch.manual_seed(recipe.seed * 1_000_003 + step + (rank() << 40))
     for group in learner.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     learner.optimizer.zero_grad(set_to_none=True)
     mixing = seeded_generator("mixing", recipe.seed, step, rank())
     drawn = seeded_generator("method", recipe.seed, step, rank())
-    generator = torch.Generator(learner.device).manual_seed(drawn.initial_seed())  # draws noise where it is used
+    generator = torch.Generator(learner.device).manual_seed(drawn.initial_seed())  # on the device: noise needs no copy
     losses: Losses = {}
     for number, part in enumerate(split_batch(batch, recipe.accumulate), 1):
         with nullcontext() if number == recipe.accumulate else unshared(learner.forward):
             with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.bf16):
                 terms = terms_of(learner, part, recipe, mixing, generator)
             loss = total(terms, totals)
-            (loss * world()).backward()  # the ranks' gradients are averaged, their losses add up
+            (loss * world()).backward()  # DDP averages gradients, but the ranks' losses add up
         for name, value in {"loss": loss, **{name: term.mean(totals) for name, term in terms.items()}}.items():
             losses[name] = losses[name] + value.detach() if name in losses else value.detach()
     weights = [weight for group in learner.optimizer.param_groups for weight in group["params"]]
@@ -80,9 +77,9 @@ def train_step(
 def terms_of(
     learner: Learner, batch: Batch, recipe: Recipe, mixing: torch.Generator, generator: torch.Generator
 ) -> dict[str, Term]:
-    """The terms of the recipe's method on a batch, or a part of one.
+    """The terms of the recipe's method on a batch, or on a part of one.
 
-    mixing: draws Mixup and CutMix. generator: the method's own, on the device.
+    mixing: generator of Mixup and CutMix. generator: for the method's own random numbers, on the device.
     """
     step = Step(
         images={stream: to_device(some, stream, recipe, learner.device, mixing) for stream, some in batch.items()},
@@ -95,7 +92,7 @@ def terms_of(
 
 
 def student_logits(learner: Learner, how: str, *groups: torch.Tensor, norms: int = 0) -> tuple[torch.Tensor, ...]:
-    """Float32 logits of each group of images: in one joint batch, or one group after the other, as ``how`` says."""
+    """Float32 logits of each group of images. how: "joint", all groups in one batch, or "separate"."""
     with through(learner.student, norms):
         if how == "separate":
             return tuple(learner.forward(x).float() for x in groups)
@@ -105,7 +102,7 @@ def student_logits(learner: Learner, how: str, *groups: torch.Tensor, norms: int
 def to_device(
     some: StreamBatch, stream: str, recipe: Recipe, device: torch.device, generator: torch.Generator
 ) -> Images:
-    """One stream's images, labels and soft labels on the device. Images are mixed among those of their own stream."""
+    """One stream's images, labels and soft labels on the device. Mixing happens within the stream."""
     settings, side = recipe.augmentation, some.images.shape[-1]
     drawn = draw_mixing(len(some.keys), side, mixup=settings.mixup, cutmix=settings.cutmix, generator=generator)
     mixing = drawn.to(device) if drawn is not None else None

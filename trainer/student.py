@@ -1,4 +1,4 @@
-"""Students: any timm model over the run's classes, with its normalisation inside, so that it takes [0, 1] images."""
+"""Students: any timm model with the run's classes. The normalisation is inside, so a student takes [0, 1] images."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def create_student(
 ) -> Student:
     """Build a student for images of ``side`` pixels.
 
-    name: any timm model, also with a tag (``vit_base_patch16_224.augreg_in21k``), which then decides its normalisation.
+    name: any timm model. A tag (``vit_base_patch16_224.augreg_in21k``) decides the normalisation.
     pretrained: see `Recipe.pretrained`; None: random weights.
-    Raises UserError for a name that timm does not know, weights that do not fit, or an option that the model does not have.
+    Raises UserError for an unknown name, weights that do not fit, or an option that the model does not have.
     """
     check_name(name)
     options: dict[str, Any] = {"num_classes": classes}
@@ -61,21 +61,23 @@ def create_student(
         options |= weights
     try:
         model = timm.create_model(name, **options)
-    except OSError as error:  # before RuntimeError's kin: what the hub and the network raise
+    except OSError as error:  # from network and hub; first, because some of them are ValueErrors too
         raise UserError(
             f"pretrained: {pretrained}: cannot be fetched ({one_line(error)}); give a checkpoint file instead"
         ) from error
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"student: {name} cannot be built for {side} x {side} images with these options: {one_line(error)}"
+            f"student: {name} cannot be built for {side} x {side} images with these options ({one_line(error)}); "
+            "change student, input, drop_path or dropout"
         ) from error
     settings = timm.data.resolve_data_config(model=model)
     return Student(model, settings["mean"], settings["std"])
 
 
 def to_device(student: Student, device: torch.device) -> Student:
-    """Moved there, with the weights of its 2-D convolutions channels_last; some models have others, which cannot be."""
+    """Move a student to a device and give the weights of its 2-D convolutions the layout channels_last."""
     student.to(device)
+    # not student.to(memory_format=…), which fails for models that also have 3-D convolutions
     for weight in student.parameters():
         if weight.dim() == 4:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -83,19 +85,25 @@ def to_device(student: Student, device: torch.device) -> Student:
 
 
 def try_out(student: Student, images: int, side: int, device: torch.device, *, bf16: bool) -> None:
-    """One forward, as in training, of a copy. Raises UserError for a student that cannot take so many images of ``side`` pixels."""
+    """Run one forward pass in train mode on a copy.
+
+    Raises UserError for a student that cannot take a batch of ``images`` images of ``side`` pixels.
+    """
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             copy.deepcopy(student).train()(torch.zeros(images, 3, side, side, device=device))
-    except Exception as error:  # whatever a model raises; out of memory it says by itself what to lower
+    except Exception as error:  # models raise errors of many classes
         if out_of_memory(error):
             raise
         what = f"{images} image{'s' * (images > 1)} of {side} x {side} pixels at a time"
-        raise UserError(f"student: it cannot learn from {what}: {one_line(error) or type(error).__name__}") from error
+        why = one_line(error) or type(error).__name__
+        raise UserError(
+            f"student: it cannot learn from {what} ({why}); change student, input, batch or accumulate"
+        ) from error
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict as safetensors takes it: on the CPU, and each tensor for itself, also where the model ties two."""
+    """The state dict on the CPU. Each tensor has its own memory, as safetensors demands, even if the model ties two."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
@@ -109,7 +117,7 @@ def fixed_size(name: str) -> bool:
 
 
 def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model's name and timm's options for these weights; a file must hold every weight but the head's."""
+    """(model's name, timm's options) for these weights. A file must hold every weight except the head's."""
     path = Path(pretrained.rpartition(PART)[0] or pretrained).expanduser()
     if path.is_file():
         fresh = timm.create_model(name, **options)
@@ -117,10 +125,9 @@ def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[st
         heads = fresh.pretrained_cfg.get("classifier") or ()
         for key, value in fresh.state_dict().items():
             is_head = key.rpartition(".")[0] in ((heads,) if isinstance(heads, str) else heads)
+            # a head for other classes; timm could skip it, but would then skip other missing weights silently, too
             if is_head and (key not in weights or weights[key].shape != value.shape):
-                weights[key] = (
-                    value  # of other classes; timm would leave it out too, but then no longer say what else is missing
-                )
+                weights[key] = value
         overlay = {
             "state_dict": weights,
             "custom_load": False,
@@ -132,6 +139,6 @@ def _pretrained(name: str, pretrained: str, options: dict[str, Any]) -> tuple[st
     tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
     if pretrained not in tags:
         raise UserError(
-            f"pretrained: {pretrained!r} is no file, and no tag of {architecture}{nearest(pretrained, tags)}"
+            f"pretrained: {pretrained!r} is neither a file nor a tag of {architecture}{nearest(pretrained, tags)}"
         )
     return f"{architecture}.{pretrained}", {"pretrained": True}

@@ -13,11 +13,11 @@ from .recipe import load
 from .tables.compare import result_of, write_report
 from .tables.results import difference, to_json
 
-METHODS = ("plain", "kd", "dad")  # of the demo table
+METHODS = ("plain", "kd", "dad")  # rows of the demo table
 
 
 def demo_table(recipe: str, seeds: int, out: str, data: str, overrides: Sequence[str]) -> None:
-    """Train plain, KD and DAD students with ``seeds`` seeds each, and report means, standard errors and paired differences."""
+    """Train plain, KD and DAD students, ``seeds`` of each, and report means, standard errors and paired differences."""
     results = []
     for seed in range(seeds):
         for method in METHODS:

@@ -101,7 +101,7 @@ def test_exports_repeat_to_the_byte(tiny_run: Path, tmp_path: Path) -> None:
 def test_what_others_have_there_is_not_overwritten(student: StudentDir, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(
-        UserError, match=rf"^{tmp_path / name}: is not of an earlier export of this student .*; choose an empty folder"
+        UserError, match=rf"^{tmp_path / name}: was not exported from this student .*; choose an empty folder"
     ):
         export(student, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "{}"
@@ -113,7 +113,7 @@ def test_an_export_is_replaced_by_the_same_student_alone(student: StudentDir, ti
     (tmp_path / "out" / WEIGHTS).unlink()  # as if it had been killed in between
     export(student, str(tmp_path / "out"))
     other = trained("test_resnet", tiny_run, tmp_path / "other", "seed=1")
-    with pytest.raises(UserError, match=r"config\.json: is not of an earlier export of this student"):
+    with pytest.raises(UserError, match=r"config\.json: was not exported from this student"):
         export(other, str(tmp_path / "out"))
 
 

@@ -93,7 +93,7 @@ def test_the_demos_shards_are_learned_from_as_in_the_demo(
     assert choose(None, "vit_base", "data/demo") == ("demo", "vit_base_patch16_224")
     with pytest.raises(
         UserError,
-        match=r"--recipe: resnet18 has no recipe for .*; name the one whose settings to take: demo, resnet34, ",
+        match=r"--recipe: resnet18 has no recipe for .*; name one to take settings from: demo, resnet34, ",
     ):
         choose(None, "resnet18", str(tiny_run))
     demo = replace(load("demo"), validation=str(tmp_path / "val"))

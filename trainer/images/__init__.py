@@ -1,1 +1,1 @@
-"""Random changes of training images: each image alone (`augmentation`), pairs of a batch (`mixing`)."""
+"""Random changes of training images: of single images (`augmentation`), of pairs (`mixing`)."""

@@ -1,6 +1,6 @@
-"""Random changes of training images. Runs in the loader workers, image by image; every number comes from the given generator.
+"""Random changes of training images, one by one, in the loader workers. All random numbers come from one generator.
 
-Pixels stay uint8 throughout: torchvision's integer kernels take a tenth of the time of the same crop in float.
+Pixels stay uint8 throughout: torchvision crops them ten times faster than floats.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from pydantic import Field
 from manifests import recipe_dataclass
 from manifests.recipe import Share
 
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet: what erased pixels become
+MEAN_COLOUR = (124, 116, 104)  # mean of ImageNet; erased pixels take it
 
 
 @recipe_dataclass
 class Augmentation:
-    """Random changes of the training images, the same kind for clean and DAD images."""
+    """Random changes of training images, with the same settings for clean and DAD images."""
 
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     crop: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Smallest side of a random square crop, as a fraction of the image; it is resized to the input. 1: no crop."""
+    """Smallest side of a random square crop, as a fraction of the image's side. 1: no crop."""
     colour: Share = 0.0
-    """Strength of colour jitter: brightness, contrast and saturation are scaled by random factors in 1 ± colour."""
+    """Strength of colour jitter: random factors in 1 ± colour scale brightness, contrast and saturation."""
     grey: Share = 0.0
     """Probability of turning an image grey."""
     randaugment: Annotated[int, Field(ge=0, le=8)] = 0
-    """Operations of RandAugment (Cubuk et al., 2020) on every image. 0: none."""
+    """Number of RandAugment's operations (Cubuk et al., 2020) on every image. 0: none."""
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     """Strength of RandAugment on torchvision's scale, whose 30 is level 10 of the original."""
     erase: Share = 0.0
     """Probability of erasing a random rectangle (Zhong et al., 2020)."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """alpha of Mixup's Beta distribution; soft labels are mixed by the same lambda as images. 0: none."""
+    """alpha of Mixup's Beta distribution. Images, labels and soft labels are mixed by the same lambda. 0: none."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """alpha of CutMix's. Where both are set, each image takes one of the two at even odds."""
+    """alpha of CutMix's Beta distribution. 0: none. If both are set, each image takes one of the two at even odds."""
 
 
 class Augment:
     """Callable on (uint8 images [B, 3, H, H], generator) -> uint8 images [B, 3, side, side]."""
 
     def __init__(self, settings: Augmentation, side: int) -> None:
-        from torchvision.transforms import v2  # not at the top: recipes hold an `Augmentation`
+        from torchvision.transforms import v2  # not at the top: reading a recipe must be quick
 
         self.settings, self.side, self.ops = settings, side, v2.functional
         self.randaugment = v2.RandAugment(
@@ -58,7 +58,10 @@ class Augment:
         return torch.stack([self.augment(image, generator) for image in images])
 
     def augment(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One image, uint8 [3, H, H] -> [3, side, side]: crop and flip, RandAugment, colours, grey, erasing, in this order."""
+        """One image, uint8 [3, H, H] -> [3, side, side].
+
+        The order is crop, flip, RandAugment, colours, grey, erasing.
+        """
         settings, F = self.settings, self.ops
         size, top, left, flip, brightness, contrast, saturation, grey = torch.rand(8, generator=generator).tolist()
         full = image.shape[-1]
@@ -85,7 +88,7 @@ class Augment:
 
 @contextmanager
 def _drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """torchvision's transforms draw from torch's global generator: seed it from ``generator``, and set it back afterwards."""
+    """Seed torch's global generator from ``generator`` for torchvision's transforms; restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield

@@ -1,7 +1,7 @@
-"""Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019): images and labels blended by the same weights.
+"""Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019): blend images and labels by the same weights.
 
-Partners come from the same half of a batch: clean images are mixed with clean ones and DAD images with DAD ones. (The authors' code mixes
-over the concatenated batch, where every clean image meets an adversarial one.)
+Partners come from the same stream: clean images are mixed with clean ones, DAD images with DAD ones. The paper's code
+mixes over the concatenated batch instead, where every clean image is mixed with an adversarial one.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ class Mixing:
     """How each of B images is blended with a partner of its batch."""
 
     partner: torch.Tensor  # int64 [B]
-    weight: torch.Tensor  # float32 [B], lambda: the share that an image keeps of itself
-    box: torch.Tensor  # int64 [B, 4], top bottom left right of CutMix's window; empty where the image is mixed by Mixup
+    weight: torch.Tensor  # float32 [B], lambda: the share of the image itself, the rest is its partner
+    box: torch.Tensor  # int64 [B, 4], top, bottom, left, right of CutMix's window in pixels; empty for Mixup
 
     def to(self, device: torch.device) -> Mixing:
         return Mixing(*(part.to(device, non_blocking=True) for part in (self.partner, self.weight, self.box)))
 
 
 def draw_mixing(batch: int, side: int, *, mixup: float, cutmix: float, generator: torch.Generator) -> Mixing | None:
-    """Draw partners and weights for ``batch`` images of ``side`` pixels, each with a lambda of its own; None when both alphas are 0.
+    """Draw a partner and a lambda for each of ``batch`` images of ``side`` pixels; None when both alphas are 0.
 
-    mixup, cutmix: alpha of the Beta(alpha, alpha) that lambda comes from. Where both are set, each image takes one of them at even odds.
-    CutMix's lambda is that of the window after it is clipped at the border.
+    mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of lambda. If both are set, each image takes one of them
+    at even odds. CutMix's lambda is corrected to the area of the window after clipping it at the border.
     """
     if not mixup and not cutmix:
         return None
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     cut = rng.random(batch) < (0.5 if mixup and cutmix else float(bool(cutmix)))
     weight = np.where(cut, rng.beta(cutmix or 1, cutmix or 1, batch), rng.beta(mixup or 1, mixup or 1, batch))
-    reach = np.where(cut, side * np.sqrt(1 - weight) / 2, 0)[:, None]  # half a side of the window
+    reach = np.where(cut, side * np.sqrt(1 - weight) / 2, 0)[:, None]  # half the side of the window
     centre = rng.integers(0, side, (batch, 2))
     low, high = ((centre + sign * reach).round().clip(0, side).astype(np.int64) for sign in (-1, 1))
     area = (high - low).prod(1) / side**2
@@ -47,7 +47,7 @@ def draw_mixing(batch: int, side: int, *, mixup: float, cutmix: float, generator
 
 
 def mix_images(images: torch.Tensor, mixing: Mixing | None) -> torch.Tensor:
-    """Float images [B, 3, H, W] -> the same, blended."""
+    """Blend float images [B, 3, H, W] with their partners. mixing: None leaves them as they are."""
     if mixing is None:
         return images
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])

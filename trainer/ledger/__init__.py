@@ -1,1 +1,1 @@
-"""The cost ledger (paper, table 7): what a clean image costs under every method, measured in turn."""
+"""The cost ledger (paper, table 7): the measured cost of a clean image under every method."""

@@ -1,4 +1,4 @@
-"""``python -m trainer.ledger.cost``: what DAD costs beside plain training, live teachers and adversarial training (paper, table 7)."""
+"""``python -m trainer.ledger.cost``: measure the cost of every method relative to plain training (paper, table 7)."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from .ledger import IGNORED, Models, measure, table, whole_bursts
 @click.option(
     "--random",
     metavar="NAME",
-    help="Instead of the run's models, this timm model as teacher and a VQGAN f8-16384, untrained.",
+    help="Replace the run's models by this timm model as teacher and a VQGAN f8-16384, both untrained.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Steps of one measurement, at least: two rounds of the loader's workers.",
+    help="Steps of one measurement; raised to two whole rounds of the loader's workers.",
 )
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Measurements of each method; medians count.",
+    help="Measurements of each method; the table shows medians.",
 )
 @set_option
 def main(
@@ -54,7 +54,7 @@ def main(
     repeats: int,
     overrides: tuple[str, ...],
 ) -> None:
-    """Measure every way of training in turn, as ratios to plain training, loading included."""
+    """Measure the cost of every training method relative to plain training, data loading included."""
     recipe, named = chosen(recipe, student, shards)
     settings = load(recipe, [*named, *overrides])
     check_name(settings.student)
@@ -73,7 +73,11 @@ def main(
 
 
 def load_models(recipe: Recipe, info: RunInfo, random: str | None, device: torch.device) -> Models:
-    """The models that made a run, or untrained ones, which cost the same. Raises UserError when the run's are not where it says."""
+    """The models that made a run, or untrained ones, which cost the same.
+
+    random: a timm model's name for the untrained teacher; None: the run's models.
+    Raises UserError when the run's models are missing, or timm does not know the name.
+    """
     from pipeline.method import attack, discretizer
 
     if random is None:
@@ -120,7 +124,8 @@ def _header(recipe: Recipe, info: RunInfo, random: str | None, device: torch.dev
     batch = f"batch {recipe.batch}" + (f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
     without = ", ".join(name for name in IGNORED if getattr(recipe, name))
     left_out = f"; without the recipe's {without}" if without else ""
-    return f"{where}; {recipe.student} at {side} px, {batch}, {numbers}, {recipe.workers} loader workers; {models}{left_out}"
+    loading = f"{recipe.workers} loader workers"
+    return f"{where}; {recipe.student} at {side} px, {batch}, {numbers}, {loading}; {models}{left_out}"
 
 
 if __name__ == "__main__":

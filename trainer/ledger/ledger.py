@@ -1,4 +1,4 @@
-"""The ledger: every method in turn, by the trainer's own step, with the same student and data."""
+"""The ledger measures every method with the trainer's own step, the same student and the same data."""
 
 from __future__ import annotations
 
@@ -32,23 +32,16 @@ from ..step import Learner, train_step
 from ..student import create_student, to_device
 from ..tables.methods import passes_in_words
 
-IGNORED = (
-    "pretrained",
-    "drop_path",
-    "dropout",
-    "ema",
-    "compile",
-    "sync_bn",
-)  # fields that are left out of all methods alike
-STUDENTS = (1, 2, 5, 10)  # that share one set of shards
+IGNORED = ("pretrained", "drop_path", "dropout", "ema", "compile", "sync_bn")  # the ledger leaves these fields out
+STUDENTS = (1, 2, 5, 10)  # numbers of students that share the cost of the shards
 
 
 @dataclass(frozen=True)
 class Models:
     """The models of stage 1, on the device."""
 
-    frozen: Mapping[str, Frozen]  # what methods ask in every step
-    generate: Callable[[torch.Tensor, torch.Tensor], None]  # all that stage 1 computes for clean images and labels
+    frozen: Mapping[str, Frozen]  # models that methods use in every step
+    generate: Callable[[torch.Tensor, torch.Tensor], None]  # the whole computation of stage 1, from images and labels
 
 
 @dataclass(frozen=True)
@@ -63,14 +56,14 @@ class Line:
 class Timing:
     """One measurement of one line."""
 
-    seconds: float  # per clean image, loading included
-    waiting: float  # share of it spent waiting for data; an upper bound on a GPU, which computes meanwhile
+    seconds: float  # time per clean image, loading included
+    waiting: float  # share of the time spent waiting for data; an upper bound on a GPU, which computes meanwhile
 
 
 def ledger_lines(recipe: Recipe) -> list[Line]:
-    """Every method with its defaults and, where it has them, the recipe's temperature, weight and smoothing; plain training first.
+    """A line for every method, with its defaults and the recipe's temperature, weight and smoothing. Plain comes first.
 
-    AdvProp with one step stands beside AdvProp: the paper counts Fast AdvProp so.
+    A line for AdvProp with one step follows AdvProp, because the paper counts Fast AdvProp as that.
     """
     methods = [with_shared_settings(method.name, recipe.method) for method in (kind() for kind in METHODS)]
     lines = [Line(method.name, method) for method in methods]
@@ -86,18 +79,17 @@ def images_of(batch: Batch, stream: str, device: torch.device) -> torch.Tensor:
 def measure(
     recipe: Recipe, models: Models, device: torch.device, *, steps: int, repeats: int
 ) -> tuple[dict[str, list[Timing]], list[float]]:
-    """Time all lines in turn, ``repeats`` times over: their timings by name, and seconds per clean image of making the shards.
+    """Time all lines in turn, ``repeats`` times. Returns timings by name, and seconds per clean image of making shards.
 
-    Each measurement reads samples of its own epoch, and each turn begins with another line, so that none finds what another has
-    brought into memory. Raises UserError when the shards hold too few batches for one measurement.
+    Every measurement reads an epoch of its own, and every turn begins with another line, so that no line profits from
+    data that another left in memory. Raises UserError when the shards hold too few batches for one measurement.
     """
     lines = ledger_lines(recipe)
     recipes = {line.name: replace(recipe, method=line.method) for line in lines}
     readers = {line.name: open_reader(recipes[line.name]) for line in lines}
     plain = readers[lines[0].name]
-    warmup = 1 + plain.read_ahead(
-        recipe.workers
-    )  # what the loader has read ahead must be used up, or it would seem free
+    # use up the batches that the loader reads ahead, or their loading would seem free
+    warmup = 1 + plain.read_ahead(recipe.workers)
     for name, reader in readers.items():
         check_smallest_part(recipes[name], reader)
     if plain.steps < warmup + steps:
@@ -126,7 +118,7 @@ def measure(
     with memory_errors(), progress(repeats * (len(lines) + 1), "measuring", "method") as bar:
         for turn in range(repeats):
             some = itertools.islice(plain.batches(turn), 3)
-            generation.append(clock(some, generate, 1, device).seconds)  # first: if memory runs out, then here
+            generation.append(clock(some, generate, 1, device).seconds)  # first, because it needs the most memory
             bar.update()
             for place in range(len(lines)):
                 line, epoch = lines[(turn + place) % len(lines)], turn * len(lines) + place
@@ -141,7 +133,7 @@ def measure(
 def create_learner(
     recipe: Recipe, classes: int, side: int, norms: int, models: Models, device: torch.device, *, bf16: bool
 ) -> Learner:
-    """A fresh student with so many sets of batch norms, and its optimizer."""
+    """A new student with ``norms`` sets of batch norms, and its optimizer. side: in pixels."""
     torch.manual_seed(recipe.seed)
     student = create_student(recipe.student, classes, side)
     add_norms(student, norms)
@@ -151,13 +143,16 @@ def create_learner(
 
 
 def whole_bursts(steps: int, workers: int) -> int:
-    """At least ``steps``, in whole rounds of the loader's workers and two of them: all of a round deliver at about the same time."""
+    """Round ``steps`` up to whole rounds of the loader's workers, and to two at least.
+
+    All workers deliver at about the same time, so that a part of a round would measure too much or too little.
+    """
     rounds = max(2, -(-steps // max(workers, 1)))
     return steps if workers < 2 else rounds * workers
 
 
 def clock(batches: Iterator[Batch], step: Callable[[Batch], None], warmup: int, device: torch.device) -> Timing:
-    """Run all batches, the device idle before and after; time those after the first ``warmup``."""
+    """Run all batches, and time the ones after the first ``warmup``. The device is idle before and after."""
     started = waited = 0.0
     images = 0
     for number, (batch, waiting) in enumerate(with_waits(batches)):
@@ -173,15 +168,16 @@ def clock(batches: Iterator[Batch], step: Callable[[Batch], None], warmup: int, 
 
 
 def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def table(timings: Mapping[str, list[Timing]], generation: list[float], recipe: Recipe, verified: float) -> str:
-    """The ledger in Markdown. Ratios are to plain training of the same turn: their median [lowest, highest].
+    """The ledger in Markdown. Ratios compare with plain training in the same turn: median [lowest, highest].
 
-    generation: seconds per clean image of making the shards; it is spread over the recipe's epochs and over the students that share
-    the shards. verified: DAD images for each clean one, by which passes are counted.
+    generation: seconds per clean image of making the shards, to be shared by the recipe's epochs and the students.
+    verified: number of DAD images per clean one, for counting passes.
     """
     methods = {line.name: line.method for line in ledger_lines(recipe)}
     plain = [timing.seconds for timing in timings["plain"]]
@@ -205,7 +201,8 @@ def table(timings: Mapping[str, list[Timing]], generation: list[float], recipe: 
     shared = ", ".join(f"{dad + making / epochs / students:.2f} with {students}" for students in STUDENTS)
     lines += [
         "",
-        "The paper counts an attack pass like a training pass, all DAD images as verified, and Fast AdvProp as AdvProp with one step.",
+        "The paper counts an attack pass like a training pass, all DAD images as verified, "
+        "and Fast AdvProp as AdvProp with one step.",
         f"DAD from shards: {dad:.2f} x plain (goal: 2.0), {dad / live:.2f} of DAD with a live teacher.",
         f"Making the shards, once: {once}.",
         f"DAD with its share of that, over {epochs} epochs, by the number of students that use the shards: {shared}.",

@@ -1,7 +1,7 @@
-"""Training methods, one file each. The order of `METHODS` is that of every table.
+"""Training methods, one file each. Tables list them in the order of `METHODS`.
 
-A new method is a file of this folder, a line here, and a recipe; `method` says what a method is, `losses` and `attacks` what it is
-made of, `norms` and `frozen` what else it may ask for.
+A new method takes a file in this folder, a line here, and a recipe. `method` defines what a method is; `losses` and
+`attacks` are its building blocks; `norms` and `frozen` provide several sets of batch norms and frozen models.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ BY_NAME: Mapping[str, type[Method]] = dict(zip(NAMES, METHODS, strict=True))
 if TYPE_CHECKING:
     AnyMethod = Method
 else:
-    AnyMethod = Annotated[Union[METHODS], Field(discriminator="name")]  # noqa: UP007  # made from the tuple
+    AnyMethod = Annotated[Union[METHODS], Field(discriminator="name")]  # noqa: UP007  # built from a tuple, not written out
 
 __all__ = ["BY_NAME", "DAD", "METHODS", "NAMES", "AnyMethod", "Method", "Needs", "Passes", "Step", "Term"]
 
 
 def rank_of(name: str) -> int:
-    """Where a method stands in tables; one that is not known here, of a later version, stands last."""
+    """The place of a method in tables. A method of a later version, unknown here, comes last."""
     return NAMES.index(name) if name in NAMES else len(NAMES)
 
 
 def title_of(name: str) -> str:
-    """What a method is called in model cards."""
+    """The title of a method in model cards; its name if a later version made it."""
     return BY_NAME[name].title if name in BY_NAME else name

@@ -1,7 +1,7 @@
-"""AdvProp (Xie et al., 2020): clean images through one set of batch norms, their adversarial images through another.
+"""AdvProp (Xie et al., 2020): clean images use one set of batch norms, their adversarial images another.
 
-The attack goes through the auxiliary norms and their running statistics. Students without batch norms, such as ViTs, learn from
-both images through the same weights.
+The attack uses the auxiliary norms with their running statistics. Students without batch norms, such as ViTs, use the
+same weights for both kinds of images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from manifests.recipe import Positive
 from .losses import cross_entropy, targets
 from .method import Needs, Passes, Step, Term
 
-PAPER = {5: 7.0, 1: 3.0}  # by steps; the paper's Fast AdvProp is counted as AdvProp with one step
+PAPER = {5: 7.0, 1: 3.0}  # by steps; the paper counts Fast AdvProp as AdvProp with one step
 
 
 @recipe_dataclass

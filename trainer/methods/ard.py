@@ -1,8 +1,8 @@
-"""ARD (Goldblum et al., 2020) as the DAD paper uses it (tables 1 to 3): stored DAD images in place of attacks on the student.
+"""ARD (Goldblum et al., 2020) as in the DAD paper's tables 1 to 3: stored DAD images replace attacks on the student.
 
-The original attacks the student itself, with alpha T^2 KL(teacher(x) || student(x'); T) + (1 - alpha) CE(student(x), y). Here x'' is
-the stored image, and its target is the teacher's soft label of the *clean* image of the same key. The paper gives no weights; T and a
-are those of DAD.
+The original attacks the student itself: alpha T^2 KL(teacher(x) || student(x'); T) + (1 - alpha) CE(student(x), y).
+Here x'' is the stored image, and its target is the teacher's soft label of the *clean* image with the same key. The
+paper gives no weights; T and a are DAD's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class ARD:
 
     name: Literal["ard"] = "ard"
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T."""
+    """T, the temperature of the distillation term."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of the distillation term."""
+    """a, the weight of the distillation term."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy."""
 

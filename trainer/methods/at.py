@@ -1,6 +1,7 @@
 """Adversarial training (Madry et al., 2018): cross-entropy on PGD images alone.
 
-Eq. 4 of the paper adds a clean term. Its table 7 counts 11 passes, which are ten attack passes and one training pass: no clean term.
+The DAD paper's eq. 4 adds a clean term. Its table 7 counts 11 passes, which leave no room for one: ten attack passes
+and one training pass.
 """
 
 from __future__ import annotations

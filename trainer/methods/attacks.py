@@ -1,4 +1,4 @@
-"""Adversarial images of a model that is being trained: the attack of stage 1 with the student as its teacher."""
+"""Adversarial images of the student in training: stage 1's attack, with the student in the teacher's place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # image
 
 
 def no_discretizer(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave pixels as they are."""
+    """A discretizer that leaves images as they are."""
     return images, images.new_empty(0)
 
 
@@ -33,12 +33,13 @@ def adversarial_images(
     norms: int = 0,
     training: bool = False,
 ) -> torch.Tensor:
-    """Attack a student that is being trained; ``steps`` attack passes. Returns images [B, 3, H, W] in [0, 1].
+    """Attack the student with ``steps`` attack passes. Returns images [B, 3, H, W] in [0, 1].
 
-    x: images [B, 3, H, W] in [0, 1]. y: labels [B], or their distribution [B, classes] for mixed images.
-    eps, alpha: radius and step, in units of pixel values. random_start: probability of starting at a random point of the ball
-    (Linf) or sphere (L2). norms: the set of batch norms that the attack goes through.
-    training: attack the student in train mode; batch norm's running statistics then follow half-made images. Else in eval mode.
+    x: images [B, 3, H, W] in [0, 1]. y: labels [B], or distributions over classes [B, classes] for mixed images.
+    eps, alpha: radius and step, in units of pixel values. random_start: probability of starting at a random point of
+    the ball (Linf) or sphere (L2). norms: number of the set of batch norms to use.
+    training: attack in train mode, so that batch norm's running statistics follow the images on the way; else in eval
+    mode.
     """
     from pipeline.method.attack import AttackSettings, attack
 

@@ -14,13 +14,16 @@ from .method import Needs, Passes, Step, Term
 
 @recipe_dataclass
 class DAD:
-    """CE(student(x), y) + a T^2 KL(teacher(x) || student(x); T) + a T^2 KL(teacher(x'') || student(x''); T). No labels on x''."""
+    """CE(student(x), y) + a T^2 KL(teacher(x) || student(x); T) + a T^2 KL(teacher(x'') || student(x''); T).
+
+    There is no cross-entropy on x''.
+    """
 
     name: Literal["dad"] = "dad"
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T, of both distillation terms."""
+    """T, the temperature of both distillation terms."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of both distillation terms."""
+    """a, the weight of both distillation terms."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy. Soft labels stay as they are."""
 

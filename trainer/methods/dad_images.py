@@ -1,4 +1,4 @@
-"""DAD images as augmentation alone (paper, table 6): hard labels on clean and DAD images, no distillation."""
+"""DAD images as mere augmentation (paper, table 6): hard labels on clean and DAD images, no distillation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .method import Needs, Passes, Step, Term
 
 @recipe_dataclass
 class DADImages:
-    """CE(student(x), y) + CE(student(x''), y). The teacher has only chosen the images."""
+    """CE(student(x), y) + CE(student(x''), y). No soft label is used; the teacher only verified x''."""
 
     name: Literal["dad_images"] = "dad_images"
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

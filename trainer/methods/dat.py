@@ -1,4 +1,4 @@
-"""DAT (Mao et al., 2022): discrete adversarial images of the student itself, made anew in every step."""
+"""DAT (Mao et al., 2022): every step makes discrete adversarial images of the student itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .method import Needs, Passes, Step, Term
 class DAT:
     """CE(student(x), y) + CE(student(x''), y), x'' = Q(one L2 step on the student from Q(x)).
 
-    As published, Q(x) is of the mixed image, and both terms and the attack aim at the same mixed labels.
+    As published: x is the mixed image, and both terms and the attack use its mixed labels.
     """
 
     name: Literal["dat"] = "dat"
@@ -28,7 +28,7 @@ class DAT:
     alpha: Annotated[float, Field(ge=0)] = 0.1
     """Length of a step."""
     attacked: Literal["train", "eval"] = "train"
-    """Mode of the student while it is attacked. train, as published: batch norm's running statistics follow these images too."""
+    """Mode of the student during the attack. train, as published: batch norm's running statistics follow the attack."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of both terms."""
 

@@ -1,4 +1,4 @@
-"""DAT and DAD together (paper, appendix C): eq. 9, and a term on discrete adversarial images of the student itself."""
+"""DAT and DAD together (paper, appendix C): eq. 9, plus a term on discrete adversarial images of the student."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DATDAD:
 
     name: Literal["dat_dad"] = "dat_dad"
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T, of both distillation terms."""
+    """T, the temperature of both distillation terms."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of both distillation terms and of the term on the student's own adversarial images."""
+    """a, the weight of both distillation terms and of the term on the student's own adversarial images."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of both cross-entropies."""
     steps: Positive = 1
@@ -31,7 +31,7 @@ class DATDAD:
     alpha: Annotated[float, Field(ge=0)] = 0.1
     """Length of a step."""
     attacked: Literal["train", "eval"] = "train"
-    """Mode of the student while it is attacked. train: batch norm's running statistics follow these images too."""
+    """Mode of the student during the attack. train: batch norm's running statistics follow the attack."""
 
     title: ClassVar[str] = "DAT and DAD"
     needs: ClassVar[Needs] = Needs(streams=("clean", "dad"), models=frozenset({"discretizer"}))

@@ -1,7 +1,7 @@
-"""Fast AdvProp (Mei et al., 2022), decoupled: one part of a batch is trained on clean, the other on one-step attacks only.
+"""Fast AdvProp (Mei et al., 2022), decoupled: one part of a batch stays clean, the other is attacked with one step.
 
-The published code also adds the weights' gradient of the attack pass to the update; here the attack computes the gradient of the
-input alone.
+The published code also adds the attack pass's gradient of the weights to the update. Here the attack computes the
+gradient of the input alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class FastAdvProp:
 
     name: Literal["fast_advprop"] = "fast_advprop"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the batch that is attacked; 4 to 1 in the published configuration."""
+    """Share of the batch that is attacked. The published configuration has 4 clean images to 1."""
     eps: Annotated[float, Field(ge=0)] = 1 / 255
     """Radius of the ball around x, in units of pixel values."""
     alpha: Annotated[float, Field(ge=0)] = 1 / 255
-    """Length of the one step."""
+    """Length of the single step."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of both terms."""
 

@@ -1,4 +1,4 @@
-"""The frozen models of a run, for methods that ask them in every step."""
+"""The frozen models of a run, for methods that use them in every step."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Frozen = Callable[[torch.Tensor], Any]
 def load_frozen(
     info: RunInfo, names: Collection[str], device: torch.device, models: Mapping[Any, Any] | None = None
 ) -> dict[str, Frozen]:
-    """The models of a run that a method needs, on the device, without gradient: see `Step.frozen`.
+    """Load the models that a method needs, on the device, without gradient: see `Step.frozen`.
 
-    models: what `Recipe.models` lays over run.json, where files lie elsewhere on this machine.
-    Raises UserError for a name without a model, or files that are not where run.json says.
+    models: `Recipe.models`, fields that override those in run.json, because files may be elsewhere on this machine.
+    Raises UserError for an unknown field, or files that do not exist.
     """
     ask = {"teacher": without_gradient, "discretizer": as_quantizer}
     return {name: ask[name](load_model(info, name, device, models or {})) for name in sorted(names)}
 
 
 def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[Any, Any]) -> nn.Module:
-    """One model of a run, ``teacher`` or ``discretizer``, frozen on the device. Raises UserError as `load_frozen` does."""
+    """Load ``teacher`` or ``discretizer`` in eval mode on the device. Raises UserError as `load_frozen` does."""
     from pipeline.method.discretizer import discretizer_of_run
     from pipeline.method.teacher import teacher_of_run
 
@@ -37,12 +37,11 @@ def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[A
     try:
         return to_frozen(load(info, overrides), device)
     except UserError as error:
-        where = f"--set models.{name}.… says where it is on this machine"
-        raise UserError(f"{error} (this field is run.json's; {where})") from error
+        raise UserError(f"{error} (the field is in run.json; override it with --set models.{name}.…)") from error
 
 
 def to_frozen(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model in eval mode on the device, in the layout of training images."""
+    """Move a model to the device, in eval mode and in the layout channels_last, as training images are."""
     return model.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

@@ -14,13 +14,13 @@ from .method import Needs, Passes, Step, Term
 
 @recipe_dataclass
 class KD:
-    """CE(student(x), y) + a T^2 KL(teacher(x) || student(x); T), soft labels from the shards."""
+    """CE(student(x), y) + a T^2 KL(teacher(x) || student(x); T), with soft labels from the shards."""
 
     name: Literal["kd"] = "kd"
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T."""
+    """T, the temperature of the distillation term."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of the distillation term."""
+    """a, the weight of the distillation term."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy. Soft labels stay as they are."""
 

@@ -1,4 +1,4 @@
-"""KD and DAD with a teacher that is asked in every step, as the authors' code trains: what stored soft labels save.
+"""KD and DAD with the teacher in every step, as in the paper's code. They show the cost that stored soft labels save.
 
 The teacher sees each augmented, mixed image itself, so its soft label needs no mixing.
 """
@@ -19,17 +19,17 @@ from .method import Images, Needs, Passes, Step, Term
 
 @recipe_dataclass
 class LiveKD:
-    """KD (paper, eq. 7)."""
+    """KD (paper, eq. 7): the teacher labels the clean images in every step."""
 
     name: Literal["kd_live"] = "kd_live"
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T."""
+    """T, the temperature of the distillation term."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of the distillation term."""
+    """a, the weight of the distillation term."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy."""
 
-    title: ClassVar[str] = "knowledge distillation, live teacher"
+    title: ClassVar[str] = "KD with a live teacher"
     needs: ClassVar[Needs] = Needs(models=frozenset({"teacher"}))
 
     @property
@@ -48,17 +48,17 @@ class LiveKD:
 
 @recipe_dataclass
 class LiveDAD:
-    """DAD (paper, eq. 9) on stored images: the teacher is asked about clean and DAD images."""
+    """DAD (paper, eq. 9) on stored images: the teacher labels clean and DAD images in every step."""
 
     name: Literal["dad_live"] = "dad_live"
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    """T, of both distillation terms."""
+    """T, the temperature of both distillation terms."""
     weight: Annotated[float, Field(ge=0)] = 0.5
-    """a, of both distillation terms."""
+    """a, the weight of both distillation terms."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross-entropy."""
 
-    title: ClassVar[str] = "Discrete Adversarial Distillation, live teacher"
+    title: ClassVar[str] = "DAD with a live teacher"
     needs: ClassVar[Needs] = Needs(streams=("clean", "dad"), models=frozenset({"teacher"}))
 
     @property

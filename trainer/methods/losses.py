@@ -1,4 +1,4 @@
-"""The losses that methods are made of: pure functions from logits to one value a sample."""
+"""Losses, the building blocks of methods: pure functions from logits to one value per sample."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ALL = slice(None)
 
 
 def cross_entropy(output: torch.Tensor, images: Images, smoothing: float = 0.0, part: slice = ALL) -> Term:
-    """Cross-entropy of logits [B, classes] with the labels, for mixed images lambda CE(y1) + (1 - lambda) CE(y2).
+    """Cross-entropy of logits [B, classes] with the labels; for mixed images lambda CE(y1) + (1 - lambda) CE(y2).
 
-    smoothing: share of the label that is spread over all classes. part: the images that the logits are of.
+    smoothing: share of the label that is spread over all classes. part: images of the stream that have logits.
     """
 
     def each(labels: torch.Tensor) -> torch.Tensor:
@@ -28,11 +28,11 @@ def cross_entropy(output: torch.Tensor, images: Images, smoothing: float = 0.0, 
 
 
 def distillation_kl(output: torch.Tensor, teacher: torch.Tensor, images: Images, temperature: float) -> Term:
-    """T^2 * KL(teacher || student) at temperature T (Hinton et al., 2015). Logits [B, classes] each.
+    """T^2 * KL(teacher || student) at temperature T (Hinton et al., 2015) of logits [B, classes].
 
-    T^2 keeps the size of the gradient independent of T. For mixed images the teacher's distribution is the mixture of its two
-    softened ones, lambda softmax(z1 / T) + (1 - lambda) softmax(z2 / T). The sum runs over classes: torch's reduction "mean"
-    would divide by their number.
+    T^2 makes the size of the gradient independent of T. For mixed images, the teacher's distribution is
+    lambda softmax(z1 / T) + (1 - lambda) softmax(z2 / T). The KL sums over classes; torch's reduction "mean" would
+    divide by their number.
     """
     log_student = F.log_softmax(output.float() / temperature, dim=1)
     log_teacher = mix_log_probabilities(F.log_softmax(teacher.float() / temperature, dim=1), images.mixing)
@@ -41,7 +41,7 @@ def distillation_kl(output: torch.Tensor, teacher: torch.Tensor, images: Images,
 
 
 def targets(images: Images, classes: int) -> torch.Tensor:
-    """What an attack climbs away from: labels int64 [B], or for mixed images their distribution float32 [B, classes]."""
+    """Targets of an attack: labels int64 [B], or distributions over classes float32 [B, classes] for mixed images."""
     if images.mixing is None:
         return images.labels
     weight = images.mixing.weight[:, None]
@@ -50,6 +50,6 @@ def targets(images: Images, classes: int) -> torch.Tensor:
 
 
 def partner_logits(images: Images) -> torch.Tensor:
-    """The teacher's logits [B, classes] on the clean images of the same keys, for a method whose `Needs.partners` is set."""
+    """The teacher's logits [B, classes] on the clean images with the same keys. The method sets `Needs.partners`."""
     assert images.partner is not None, f"the reader brought no partners of the {images.stream} stream"
     return images.partner

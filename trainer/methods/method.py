@@ -1,7 +1,7 @@
-"""What a training method is: settings, what it needs, what it costs, and its loss as terms of a step.
+"""The interface of a training method: its settings, needs and cost, and the terms of its loss.
 
-Adding a method takes one file of this folder, one line in `METHODS`, and a recipe. Everything else asks the method: the recipe,
-the preparation of a run, the training step, the cost ledger, tables, model cards and the command line.
+A new method takes one file in this folder, one line in `METHODS`, and a recipe. Everything else reads the method
+object: the recipe, the preparation of a run, the training step, the cost ledger, tables, model cards, the command line.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from shards.dataset import StreamName
 
 from ..images.mixing import Mixing
 
-ATTACK_PASS = 2 / 3  # of a training pass: forward, and the gradient of the input without that of the weights
+ATTACK_PASS = 2 / 3  # cost in training passes: forward and the gradient of the input, not the gradient of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a method asks of the reader, the run and the student."""
+    """Demands of a method on the reader, the run and the student."""
 
     streams: tuple[StreamName, ...] = ("clean",)
     partners: bool = False
-    """Beside each DAD image, the teacher's logits on the clean image of the same key."""
+    """Whether each DAD image comes with the teacher's logits on the clean image with the same key."""
     copies: int = 1
-    """Independently augmented copies of each clean image."""
+    """Number of independently augmented copies of each clean image."""
     models: frozenset[str] = frozenset()
-    """Frozen models of the run that every step asks: ``teacher``, ``discretizer``."""
+    """Frozen models of the run that every step uses: ``teacher``, ``discretizer``."""
     norms: int = 1
-    """Sets of batch norms in the student. The first set is the one that is evaluated and exported."""
+    """Number of sets of batch norms in the student. Evaluation and export use the first set."""
     smallest: int = 1
-    """Clean images that a part of a batch must hold on each rank, at least."""
+    """Fewest clean images that a part of a batch may hold on each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """Passes through a model per clean image. Where a method reads DAD images, `train` counts as many of them as clean ones.
+    """Passes through models per clean image. A method that reads DAD images counts as many of them as clean ones.
 
     A training pass computes the gradient of weights and input; an attack pass computes the gradient of the input alone.
     """
@@ -48,7 +48,7 @@ class Passes:
     teacher: float = 0
     discretizer: float = 0
     paper: float | None = None
-    """The paper's own count (table 7), which weighs an attack pass like a training pass."""
+    """The paper's count (table 7), where an attack pass weighs as much as a training pass."""
 
     @property
     def forward(self) -> float:
@@ -57,20 +57,20 @@ class Passes:
 
     @property
     def times_plain(self) -> float:
-        """The student's own cost beside plain training, an attack pass at two thirds; without teacher and discretizer."""
+        """The student's cost relative to plain training. Teacher and discretizer passes are not counted."""
         return self.train + ATTACK_PASS * self.attack
 
 
 @dataclass(frozen=True)
 class Images:
-    """One stream's part of a step, on the device."""
+    """One stream's samples in a step, on the device."""
 
     x: torch.Tensor  # [B, 3, H, W] in [0, 1], augmented and mixed
     labels: torch.Tensor  # int64 [B]
-    logits: torch.Tensor  # [B, classes], the teacher's on this stream's images, as stored
+    logits: torch.Tensor  # [B, classes], stored logits of the teacher on this stream's images
     stream: StreamName = "clean"
-    mixing: Mixing | None = None  # how `x` was blended; soft and hard labels are blended alike
-    partner: torch.Tensor | None = None  # [B, classes], the teacher's logits on the clean image of the same key
+    mixing: Mixing | None = None  # how `x` was blended; blend labels and soft labels alike
+    partner: torch.Tensor | None = None  # [B, classes], the teacher's logits on the clean image with the same key
     copies: tuple[torch.Tensor, ...] = ()  # further augmented copies, each like `x`
 
     def __len__(self) -> int:
@@ -79,37 +79,38 @@ class Images:
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a loss, sample by sample, so that parts of a batch and ranks add up exactly, whoever cuts them."""
+    """One summand of a loss, with a value per sample, so that parts of a batch and ranks add up exactly."""
 
     values: torch.Tensor  # [B] float32
-    stream: StreamName  # whose number of samples in the global batch divides the sum
+    stream: StreamName  # the stream whose number of samples in the global batch divides the sum
     weight: float = 1.0
 
     def __rmul__(self, factor: float) -> Term:
         return replace(self, weight=factor * self.weight)
 
     def mean(self, totals: Mapping[str, int]) -> torch.Tensor:
-        """The unweighted sum of the values here, divided by the samples of the stream in the whole batch."""
+        """Sum of the values here, unweighted, divided by the samples of the stream in the global batch."""
         return self.values.sum() / totals[self.stream]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a method may use in one step."""
+    """Everything that a method may use in one step."""
 
     images: Mapping[str, Images]
     student: Callable[..., tuple[torch.Tensor, ...]]
-    """``student(*x, norms=0)``: float32 logits [B, classes] of each group of images, through one set of batch norms, for training."""
+    """``student(*x, norms=0)``: float32 logits [B, classes] of each group of images, in train mode. norms: which set of
+    batch norms to use."""
     attack: Callable[..., torch.Tensor]
-    """`trainer.methods.attacks.adversarial_images` of the bare student, with this step's generator."""
+    """`trainer.methods.attacks.adversarial_images` on the unwrapped student, with this step's generator."""
     frozen: Mapping[str, Any] = field(default_factory=dict)
-    """The models that `Needs.models` names: ``teacher(x) -> logits``, ``discretizer(x) -> (images, codes)``, both without gradient."""
+    """The models in `Needs.models`: ``teacher(x) -> logits``, ``discretizer(x) -> (images, codes)``; no gradients."""
     generator: torch.Generator = field(default_factory=torch.Generator)
-    """Random numbers on the device, seeded by (seed, step, rank)."""
+    """Generator of random numbers on the device, seeded by (seed, step, rank)."""
 
 
 class Method(Protocol):
-    """A frozen recipe dataclass; its fields are its settings: ``method: {name: dad, temperature: 4, weight: 0.5}``."""
+    """A frozen recipe dataclass. Its fields are its settings: ``method: {name: dad, temperature: 4, weight: 0.5}``."""
 
     title: ClassVar[str]
     needs: ClassVar[Needs]
@@ -120,18 +121,18 @@ class Method(Protocol):
 
     @property
     def passes(self) -> Passes:
-        """What one clean image costs."""
+        """The cost of one clean image in passes."""
 
     def terms(self, step: Step) -> dict[str, Term]:
-        """The loss, term by term; the first stream's term of hard labels comes first, if there is one."""
+        """The terms of the loss by name. A cross-entropy on clean images comes first."""
 
 
 def total(terms: Mapping[str, Term], totals: Mapping[str, int]) -> torch.Tensor:
-    """The loss of a part of a batch: the weighted sum of all terms. totals: samples of each stream in the whole global batch."""
+    """The loss of a part of a batch, the weighted sum of all terms. totals: samples per stream in the global batch."""
     return torch.stack([term.weight * term.mean(totals) for term in terms.values()]).sum()
 
 
 def passes_of(method: Method, verified: float) -> Passes:
-    """The passes of a method where ``verified`` DAD images come with each clean one."""
+    """The passes of a method, given ``verified`` DAD images per clean image."""
     passes = method.passes
     return replace(passes, train=passes.train - (1 - verified)) if "dad" in method.needs.streams else passes

@@ -1,7 +1,7 @@
-"""Several sets of batch norms in one student (AdvProp: Xie et al., 2020): every other weight is shared.
+"""Several sets of batch norms in one student (AdvProp: Xie et al., 2020). They share all other weights.
 
-The sets live inside the student, so that optimizer, DDP, the moving average and checkpoints hold them without knowing of them.
-What is exported leaves them out: see `without_auxiliary`.
+The sets are modules of the student, so optimizer, DDP, the moving average and checkpoints include them on their own.
+Exports leave them out: see `without_auxiliary`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-AUXILIARY = (
-    "auxiliary_norms"  # the child of each batch norm that holds its further sets, and so a part of their weights' names
-)
+# a child of each batch norm holds its further sets; its name is part of their weights' names
+AUXILIARY = "auxiliary_norms"
 
 
 def add_norms(model: nn.Module, sets: int) -> None:
-    """Give every batch norm of a model ``sets`` - 1 further sets of weights and statistics, equal to its own at first.
+    """Give every batch norm ``sets`` - 1 further sets of weights and statistics, as copies of its own.
 
-    A model without batch norms, such as a ViT, stays as it is.
+    Models without batch norms, such as ViTs, do not change.
     """
     if sets < 2:
         return
@@ -36,7 +35,7 @@ def add_norms(model: nn.Module, sets: int) -> None:
 
 @contextmanager
 def through(model: nn.Module, number: int) -> Iterator[None]:
-    """Inside the block the model computes with set ``number`` of its batch norms; 0 is the one that is exported."""
+    """Make the model use set ``number`` of its batch norms inside the block. Set 0 is exported."""
     norms = [module for module in model.modules() if AUXILIARY in module._modules] if number else []
     for norm in norms:
         norm.chosen = number  # type: ignore[assignment]
@@ -48,13 +47,13 @@ def through(model: nn.Module, number: int) -> Iterator[None]:
 
 
 def without_auxiliary(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict without the further sets of batch norms: that of the plain model."""
+    """Remove the further sets of batch norms from a state dict, which leaves that of the plain model."""
     return {name: value for name, value in state.items() if AUXILIARY not in name.split(".")}
 
 
 @cache
 def _switched(kind: type[nn.Module]) -> Any:
-    """A batch norm class that hands its input to one of its further sets where `through` says so."""
+    """A subclass of a batch norm class that passes its input to the set that `through` chose."""
 
     class Switched(kind):  # type: ignore[valid-type, misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:

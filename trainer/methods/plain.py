@@ -14,7 +14,7 @@ from .method import Needs, Passes, Step, Term
 
 @recipe_dataclass
 class Plain:
-    """CE(student(x), y). The teacher is not asked."""
+    """CE(student(x), y). No soft label is used."""
 
     name: Literal["plain"] = "plain"
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -1,6 +1,7 @@
-"""RSLAD (Zi et al., 2021) as the DAD paper uses it (tables 1 to 3): stored DAD images in place of attacks on the student.
+"""RSLAD (Zi et al., 2021) as in the DAD paper's tables 1 to 3: stored DAD images replace attacks on the student.
 
-Both terms aim at the teacher's soft label of the clean image; no hard label is used. The original's weights are 5/6 and 1/6, T = 1.
+The target of both terms is the teacher's soft label of the clean image; hard labels are not used. The original has the
+weights 5/6 and 1/6, and T = 1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class RSLAD:
 
     name: Literal["rslad"] = "rslad"
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """T, of both terms."""
+    """T, the temperature of both terms."""
     balance: Share = 5 / 6
     """b, the share of the adversarial term."""
 

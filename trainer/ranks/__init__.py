@@ -1,1 +1,5 @@
-"""Many processes, one student: finding one's place (`place`), joining (`distributed`), noticing who is gone (`watch`)."""
+"""Many processes train one student.
+
+`place` reads a process's rank from its environment, `distributed` joins the job and its collectives, `watch` notices
+ranks that die.
+"""

@@ -1,6 +1,6 @@
-"""Many processes, one student: joining the job, what its ranks share and agree on, and ending all of them when one does.
+"""Join a job of ranks, exchange gradients and decisions with them, and end all ranks when one ends.
 
-Alone, every function here does nothing. Gradients and numbers travel by gloo on CPU, by NCCL on CUDA.
+In a single process every function here does nothing. The backend is gloo on CPU and NCCL on CUDA.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from manifests.devices import choose_device
 from .place import find_place, own_gpu
 from .watch import GO_ON, Watch, obituary
 
-TIMEOUT = timedelta(hours=2)  # of a collective; dead ranks are found long before
+TIMEOUT = timedelta(hours=2)  # for a collective; `watch` notices dead ranks long before
 T = TypeVar("T")
 
-_watch: Watch | None = None  # of the job that this process is in
+_watch: Watch | None = None  # None: this process is not part of a job
 
 
 def rank() -> int:
@@ -42,13 +42,13 @@ def world() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this is rank 0, which writes files and messages."""
     return rank() == 0
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be part of the job while the block runs. An error of one rank ends all ranks, and only one of them reports it."""
+    """Join the job for the time of the block. An error of one rank ends all ranks, and only one of them reports it."""
     global _watch
     place = find_place(os.environ)
     if place is None:
@@ -58,18 +58,19 @@ def joined() -> Iterator[None]:
     try:
         yield
         if dist.is_initialized():
-            # Before torch 2.8 (pytorch#154976) this never ends while a thread of gloo still lets go of the last call's tensors.
+            # before torch 2.8 (pytorch#154976), this hangs while gloo's thread still frees the last call's tensors
             time.sleep(0.1)
             dist.destroy_process_group()
         watch.leave()
     except (Exception, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once; there are seconds left to say why
-        # An interrupt may come from the user, to all, or from torchrun, to those who are left.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once; use the seconds left to report why
+        # an interrupt comes from the user, to all ranks, or from torchrun, to the rest after one died
         broken, interrupted = is_broken_connection(error), isinstance(error, KeyboardInterrupt)
         missing = watch.roll_call() if broken or interrupted else []
         if watch.speaks_first(str(error)):
             if missing or broken:
-                why = one_line(error, 300)  # NCCL says what is wrong, such as two ranks on one GPU, at the end
+                # long, because NCCL names the cause, such as two ranks on one GPU, at the end
+                why = one_line(error, 300)
                 raise UserError(
                     obituary(missing)
                     if missing
@@ -82,15 +83,14 @@ def joined() -> Iterator[None]:
 
 
 def start(name: str) -> torch.device:
-    """Connect the ranks, one process per device, and return the device of this one: of the kind that the recipe names.
+    """Connect the ranks, and return the device of this process. name: `Recipe.device`.
 
-    Raises UserError when there is none for this process.
+    Raises UserError when there is no device for this process.
     """
     if _watch is None:
         return choose_device(name)
-    if (
-        name.startswith(("auto", "cuda")) and torch.cuda.is_available()
-    ):  # its own before it touches any: a context on GPU 0 takes memory
+    # choose the GPU before using any, because a context on GPU 0 would take memory there
+    if name.startswith(("auto", "cuda")) and torch.cuda.is_available():
         name = f"cuda:{own_gpu(_watch.place.local_rank, torch.cuda.device_count())}"
         torch.cuda.set_device(name)
     device = choose_device(name)
@@ -100,19 +100,19 @@ def start(name: str) -> torch.device:
 
 
 def replicate(student: nn.Module, device: torch.device) -> nn.Module:
-    """What to call instead of the student so that backward averages gradients over the ranks. Its weights become those of rank 0.
+    """Wrap the student so that backward averages gradients over ranks. All ranks get rank 0's weights.
 
-    Buffers stay each rank's own: `share_buffers` before they are used.
+    Buffers are not exchanged: call `share_buffers` before using them.
     """
     if _watch is None:
         return student
     devices = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers
         replica = DistributedDataParallel(
             student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    # Strides of a dimension of 1, in 1 x 1 and depthwise convolutions, name the same places in memory (pytorch#157862).
+    # harmless: in 1 x 1 and depthwise convolutions, both strides address the same memory (pytorch#157862)
     warnings.filterwarnings(
         "ignore", message=r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, (1,|\d+, 1, 1\])"
     )
@@ -121,11 +121,11 @@ def replicate(student: nn.Module, device: torch.device) -> nn.Module:
     return replica
 
 
-def average_in_rank_order(_state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
-    """DDP's averaging, to the bit whatever the bucket: a communication hook.
+def average_in_rank_order(_state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses string annotations
+    """A communication hook for DDP that adds gradients in the order of ranks.
 
-    Gloo's ring adds in an order that depends on where in its bucket a gradient lies, and DDP arranges its buckets anew after the first
-    step of every start: a resumed run would differ in the last bit from an uninterrupted one.
+    Gloo's order depends on a gradient's place in its bucket, and DDP rebuilds the buckets after the first step of every
+    start. With gloo's order, a resumed run would differ from an uninterrupted one in the last bit.
     """
     parts = [torch.empty_like(bucket.buffer()) for _ in range(world())]
     work = dist.all_gather(parts, bucket.buffer(), async_op=True)
@@ -146,12 +146,12 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def unshared(forward: Any) -> AbstractContextManager[None]:
-    """Gradients of a backward inside stay on this rank: for all parts of an accumulated batch but the last."""
+    """Keep the gradients of a backward inside on this rank. Used for all but the last part of an accumulated batch."""
     return nullcontext() if _watch is None else forward.no_sync()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, of integers exactly."""
+    """The sum over all ranks; exact for integers."""
     if _watch is not None:
         values = values.clone()
         dist.all_reduce(values)
@@ -159,17 +159,17 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def agree(flag: bool) -> bool:
-    """What rank 0 says: clocks differ."""
+    """Rank 0's flag, on all ranks. For decisions by the clock, which differs between machines."""
     return any_rank(flag and is_first())
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any of them says so."""
+    """Whether the flag is set on any rank."""
     return bool(sum_over_ranks(torch.tensor(flag, dtype=torch.int64)))
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, in order."""
+    """The values of all ranks, in the order of ranks."""
     if _watch is None:
         return [value]
     values: list[T] = [value] * world()
@@ -178,5 +178,5 @@ def gather(value: T) -> list[T]:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone; gloo has no class of its own for that."""
+    """Whether a collective failed because another rank is gone. Gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

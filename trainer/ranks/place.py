@@ -1,4 +1,4 @@
-"""The place of a process in a job of many: what torchrun or srun says of it."""
+"""The rank of a process in its job, as torchrun or srun sets it in the environment."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from manifests import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands in the job."""
+    """The rank of this process in its job."""
 
     rank: int
     world: int
-    local_rank: int  # on its machine
+    local_rank: int  # number of the process on its machine
 
 
 def find_place(environ: MutableMapping[str, str]) -> Place | None:
-    """The place that torchrun or srun gave this process; None when it is alone. srun's variables are translated to torchrun's.
+    """Read the place from the environment; None for a single process. Translates srun's variables to torchrun's.
 
-    Raises UserError for an environment that is incomplete or senseless.
+    Raises UserError when a variable is missing or no number.
     """
-    if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:  # the latter is set by srun alone, not by sbatch
+    if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:  # only srun sets the latter, sbatch does not
         environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], environ["SLURM_STEP_NUM_TASKS"]
         environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
         environ.setdefault("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"]))
-        # Of each step of each job another one: steps of a job run side by side, and so do jobs of neighbouring numbers.
+        # a port per step of every job: steps, and jobs with adjacent ids, may share a machine
         number = int(environ["SLURM_JOB_ID"]) + 7_919 * int(environ["SLURM_STEP_ID"])
         environ.setdefault("MASTER_PORT", str(20_000 + number % 20_000))
     if "WORLD_SIZE" not in environ or (world := _number(environ, "WORLD_SIZE")) == 1:
@@ -47,14 +47,18 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's list: ``"gpu[007-012,20],cpu1"`` -> ``"gpu007"``."""
+    """The first host in Slurm's notation: ``"gpu[007-012,20],cpu1"`` -> ``"gpu007"``."""
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
 def own_gpu(local_rank: int, gpus: int) -> int:
-    """Which of the GPUs that this process can see is its own; where the launcher shows each process but one, that one."""
+    """Index of this process's GPU among the visible ones. A launcher may show each process one GPU only: then 0.
+
+    Raises UserError when there are more processes than GPUs.
+    """
     if gpus > 1 and local_rank >= gpus:
         raise UserError(
-            f"device: process {local_rank + 1} of this machine has no GPU of its own, there are {gpus}; start fewer processes"
+            f"device: process {local_rank + 1} of this machine has no GPU of its own, there are {gpus}; "
+            "start fewer processes"
         )
     return local_rank if gpus > 1 else 0

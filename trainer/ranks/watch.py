@@ -1,6 +1,6 @@
-"""Signs of life of all ranks of a job: a rank that dies is named in seconds, and an error of one is told once.
+"""Heartbeats of all ranks of a job: a dead rank is named within seconds, and an error is reported by one rank only.
 
-A collective by itself would wait for a dead rank until its timeout, and every rank would report an error of its own.
+Without them, a collective waits for a dead rank until its timeout, and then every rank reports an error.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from manifests.command import USER_ERROR
 
 from .place import Place
 
-BEAT = 1.0  # seconds between signs of life
-SILENCE = 10.0  # seconds without one, after which a rank is taken for dead; counted in own beats, so that a job may be suspended whole
-DEAF = 30.0  # likewise, without any word from the store, after which rank 0, which holds it, is taken for dead
-ROLL_CALL = 3.0  # seconds in which the living answer after a connection broke
-COMING = 600.0  # seconds in which all ranks must have come
-LATE = 15.0  # seconds after which a machine says for whom it waits
+# Seconds. SILENCE and DEAF are counted in the rank's own heartbeats, so that a whole job may be suspended.
+BEAT = 1.0  # between heartbeats
+SILENCE = 10.0  # a rank without a heartbeat for so long counts as dead
+DEAF = 30.0  # if the store does not answer for so long, rank 0, which holds it, counts as dead
+ROLL_CALL = 3.0  # living ranks answer within this time after a connection broke
+COMING = 600.0  # all ranks must arrive within this time
+LATE = 15.0  # after this time, each machine says for which ranks it waits
 GO_ON = "the others have stopped too; the same command goes on from the last checkpoint"
 
 
 class Watch:
-    """Signs of life of all ranks, and word of the first error, in a store that a thread of each looks at every second."""
+    """Exchanges heartbeats and the first error through a store. A thread of every rank looks there each second."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             store = open_store(address, port, place)
-            # A connection of its own: a call of the group that waits would hold up the other one.
+            # a second connection, because calls of the process group may block the first one
             own = TCPStore(address, port, is_master=False, wait_for_workers=False)
             start = meet(own, place)
         except RuntimeError as error:
@@ -48,17 +49,16 @@ class Watch:
             ) from error
         self.group_store, self._store = PrefixStore(f"group/{start}", store), PrefixStore(f"watch/{start}", own)
         self._lock = threading.Lock()
-        self._over = threading.Event()  # this rank is leaving
-        self._heard = False  # that another rank has reported an error
-        self._store.set(
-            f"beat/{place.rank}", "0"
-        )  # of a rank that dies before the thread's first one, silence is noticed too
-        self._beats = 0  # rounds of the thread
+        self._over = threading.Event()  # set when this rank leaves
+        self._heard = False  # whether another rank has reported an error
+        # first heartbeat, so that a rank that dies before its thread starts is noticed too
+        self._store.set(f"beat/{place.rank}", "0")
+        self._beats = 0  # heartbeats sent by the thread
         threading.Thread(target=self._keep_watch, daemon=True).start()
         threading.Thread(target=self._mind_the_store, daemon=True).start()
 
     def leave(self) -> None:
-        """Leave in good order. Rank 0, which may hold the store, goes last."""
+        """Leave the job without an error. Rank 0 leaves last, because it may hold the store."""
         self._over.set()
         with self._lock:
             self._store.set(f"left/{self.place.rank}", "")
@@ -66,9 +66,10 @@ class Watch:
                 self._store.wait([f"left/{other}" for other in range(self.place.world)], timedelta(seconds=60))
 
     def speaks_first(self, message: str) -> bool:
-        """Whether this rank is the first to meet an error, and so the one to report it; the others end without a word."""
+        """Whether this rank is the first with an error and must report it; the others exit silently."""
         self._over.set()
-        hanging = threading.Timer(SILENCE, os._exit, [USER_ERROR])  # a process group may not let the interpreter end
+        # a process group can keep the interpreter from exiting
+        hanging = threading.Timer(SILENCE, os._exit, [USER_ERROR])
         hanging.daemon = True
         hanging.start()
         if self._heard:
@@ -78,22 +79,20 @@ class Watch:
                 first: bool = self._store.add("errors", 1) == 1
                 if first:
                     self._store.set("ended", message)
-        except RuntimeError:  # rank 0 held the store, and is gone
+        except RuntimeError:  # rank 0 held the store and is gone
             return self.place.rank == 1
         if self.place.rank == 0:
-            time.sleep(2 * BEAT)  # the store goes with this process; let the others hear first
+            time.sleep(2 * BEAT)  # the store ends with this process; let the others read it first
         return first
 
     def roll_call(self) -> list[int]:
-        """Ranks that do not answer any more, after a connection broke or an interrupt came."""
+        """Ranks that no longer answer, after a broken connection or an interrupt."""
         missing = list(range(self.place.world))
         started = time.monotonic()
         try:
             with self._lock:
                 self._store.set(f"here/{self.place.rank}", "")
-                self._store.set(
-                    "roll call", ""
-                )  # the threads of those answer who wait in a collective for a rank that does not come
+                self._store.set("roll call", "")  # ranks stuck in a collective answer from their watch thread
             while missing and time.monotonic() - started < ROLL_CALL:
                 time.sleep(0.1)
                 with self._lock:
@@ -103,7 +102,10 @@ class Watch:
         return missing
 
     def _keep_watch(self) -> None:
-        """The thread: show life, listen for an error, look for ranks that fell silent: rank 0 for any, all for rank 0."""
+        """Thread: send a heartbeat, check for a reported error and for silent ranks.
+
+        Rank 0 watches all others; all others watch rank 0.
+        """
         others = range(1, self.place.world) if self.place.rank == 0 else range(1)
         beats: dict[int, tuple[bytes, int]] = {}
         while not self._over.wait(BEAT):
@@ -115,12 +117,12 @@ class Watch:
                     if self._store.check(["roll call"]):
                         self._store.set(f"here/{self.place.rank}", "")
                     silent = self._silent(others, beats)
-            except RuntimeError:  # the store is gone, and rank 0 with it; the main thread may have met that already
+            except RuntimeError:  # rank 0 is gone; the main thread may report it already
                 if not self._over.wait(ROLL_CALL):
                     _end(self._obituary_of_store())
                 return
             if self._heard:
-                if not self._over.wait(BEAT / 2):  # the main thread hangs in a collective
+                if not self._over.wait(BEAT / 2):  # the main thread is stuck in a collective
                     _end(None)
                 return
             if silent:
@@ -128,11 +130,11 @@ class Watch:
                 _end(message if self.speaks_first(message) else None)
 
     def _obituary_of_store(self) -> str | None:
-        """What is said of rank 0 where no store can settle who says it: by one rank of each machine."""
+        """The message that rank 0 is gone, on one rank of each machine: without a store, ranks cannot agree on one."""
         return obituary([0]) if self.place.rank == 1 or self.place.local_rank == 0 else None
 
     def _silent(self, others: range, beats: dict[int, tuple[bytes, int]]) -> list[int]:
-        """Ranks that have shown no life for long. ``beats``: the last sign of each, and the own beat at which it was new."""
+        """Ranks without a recent heartbeat. ``beats``: each rank's last heartbeat, and this rank's number then."""
         for other in others:
             key = f"beat/{other}"
             value = self._store.get(key) if self._store.check([key]) else b""
@@ -141,7 +143,7 @@ class Watch:
         return [other for other, (value, since) in beats.items() if value and (self._beats - since) * BEAT > SILENCE]
 
     def _mind_the_store(self) -> None:
-        """A second thread, for the first may wait for ever for the store of a rank 0 that is frozen, or cut off."""
+        """Second thread: end this rank if the first thread hangs because rank 0, which holds the store, is frozen."""
         seen, rounds = 0, 0
         while not self._over.wait(BEAT):
             seen, rounds = self._beats, rounds + 1 if self._beats == seen else 0
@@ -150,9 +152,9 @@ class Watch:
 
 
 def open_store(address: str, port: int, place: Place) -> Store:
-    """The store in which the ranks meet. It is torchrun's, where torchrun says so, else rank 0 holds it and the others wait for it.
+    """The store in which the ranks meet: torchrun's if it offers one, else rank 0 holds it and the others wait for it.
 
-    torch's own rendezvous waits in C++, where neither Ctrl-C nor SIGTERM is heard: for the store here, for the ranks in `meet`.
+    This function and `meet` replace torch's rendezvous, which waits in C++, deaf to Ctrl-C and SIGTERM.
     Raises UserError when rank 0 does not come.
     """
     holds = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -163,19 +165,19 @@ def open_store(address: str, port: int, place: Place) -> Store:
 
 
 def _no_answer(address: str, port: int) -> str | None:
-    """Why nobody is there yet, or None."""
+    """Why a connection fails; None when it succeeds."""
     try:
         socket.create_connection((address, port), timeout=1).close()
-    except OSError as error:  # also for a name that is not known, which may become so
+    except OSError as error:  # includes unknown host names, which may still become known
         return (error.strerror or str(error)).lower()
     return None
 
 
 def meet(store: Store, place: Place) -> str:
-    """Wait for all ranks, and return a name for this start of the job: the same on all ranks, and of no other start.
+    """Wait for all ranks, and return a name for this start of the job, equal on all ranks and new for every start.
 
-    torchrun's store outlives a restart, with all that the ranks before have left in it, and restarts are counted by each machine for
-    itself. So each rank calls with a word of its own; rank 0 answers it with the word and the name, and is told that it was heard.
+    torchrun's store outlives a restart and still holds the keys of earlier starts, and machines count restarts
+    separately. So each rank calls with a random word, rank 0 answers to that word with the name, and the rank confirms.
     Raises UserError when a rank does not come.
     """
     word = uuid.uuid4().hex
@@ -191,14 +193,14 @@ def meet(store: Store, place: Place) -> str:
     missing = list(range(1, place.world))
     while missing := [other for other in missing if not store.check([f"heard/{word}/{other}"])]:
         for other in missing:
-            if store.check([f"call/{other}"]):  # perhaps one of an earlier start, whom nobody hears
+            if store.check([f"call/{other}"]):  # perhaps a call of an earlier start, whose answer nobody reads
                 store.set(f"answer/{store.get(f'call/{other}').decode()}", word)
         patience.wait(missing)
     return word
 
 
 class Patience:
-    """Of a rank that waits for others to come. After a while one rank of each machine says so; in the end it gives up."""
+    """Limits how long a rank waits for others. One rank of each machine reports the wait after `LATE` seconds."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -206,12 +208,12 @@ class Patience:
         self.to_say = place.local_rank == 0
 
     def wait(self, missing: list[int], why: str = "") -> None:
-        """For a moment. Raises UserError when it has been too long. why: what was seen of the missing, or rather not."""
+        """Wait a moment. Raises UserError after `COMING` seconds in all. why: the reason, to be reported with it."""
         waited = time.monotonic() - self.since
         reason = f" ({why})" if why else ""
         if waited > COMING:
-            told = f"{_name(missing)} not come in {COMING / 60:.0f} minutes{reason}"
-            raise UserError(f"of {self.place.world} ranks, {told}; look at the log of that machine")
+            late = f"{_name(missing)} not come in {COMING / 60:.0f} minutes{reason}"
+            raise UserError(f"of {self.place.world} ranks, {late}; look at the log of that machine")
         if waited > LATE and self.to_say:
             self.to_say = False
             print(
@@ -221,6 +223,7 @@ class Patience:
 
 
 def obituary(missing: list[int]) -> str:
+    """The message that names dead ranks and the way to go on."""
     return f"{_name(missing)} fallen silent (killed, out of memory, stopped, or the machine is gone); {GO_ON}"
 
 
@@ -230,6 +233,6 @@ def _name(ranks: list[int]) -> str:
 
 def _end(message: str | None) -> NoReturn:
     if message is not None:
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, below whatever a bar has written
+        tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm starts a new line below its bars
         sys.stderr.flush()
     os._exit(USER_ERROR)

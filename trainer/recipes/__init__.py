@@ -1,4 +1,4 @@
-"""The recipes that come with the project: one YAML file each, whose header says command, hardware, hours and the numbers to expect."""
+"""The project's recipes, one YAML file each. Its header gives the command, hardware, hours and numbers to expect."""
 
 from pathlib import Path
 

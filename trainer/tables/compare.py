@@ -1,4 +1,4 @@
-"""Evaluate student directories and write the report that sets them side by side."""
+"""Evaluate student directories and write one report of them all."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .results import Result, with_reference
 
 
 def result_of(directory: StudentDir, data: str | Path) -> Result:
+    """The scores of a student on all image sets below ``data``, with the student's method, seed and recipe."""
     info = directory.info()
     identity = dict(info.identity)
     seed, method = identity.pop("seed"), identity["method.name"]
@@ -27,8 +28,8 @@ def result_of(directory: StudentDir, data: str | Path) -> Result:
 
 
 def find_runs(paths: Sequence[str]) -> list[StudentDir]:
-    """Student directories: those named, or below folders that are named. Raises UserError when there are none."""
-    places: dict[Path, StudentDir] = {}  # each once, also when it is named twice
+    """Student directories at or below these paths. Raises UserError when none has finished an epoch."""
+    places: dict[Path, StudentDir] = {}  # by resolved path, so that a student counts once
     for path in (Path(path).expanduser() for path in paths):
         if not path.is_dir():
             what = "is a file, not a student's directory" if path.exists() else "no such folder"
@@ -49,7 +50,7 @@ def find_runs(paths: Sequence[str]) -> list[StudentDir]:
 
 
 def write_report(results: Sequence[Result], out: str, title: str, extra: str = "") -> str:
-    """Write report.md and report.png into ``out``; returns the Markdown table."""
+    """Write report.md and report.png to the folder ``out``; returns the Markdown table."""
     table = markdown(results)
     store = Store(out)
     store.write("report.md", f"# {title}\n\n{table}{extra}\n![top-1 per set](report.png)\n".encode())
@@ -58,7 +59,7 @@ def write_report(results: Sequence[Result], out: str, title: str, extra: str = "
 
 
 def compare(paths: Sequence[str], data: str | Path, out: str) -> None:
-    """Evaluate runs and report them, beside the committed reference rows of the same architecture."""
+    """Evaluate students and report them, together with the committed reference rows of the same architecture."""
     names = sets_below(data)
     results: dict[tuple[object, ...], Result] = {}
     for run in find_runs(paths):
@@ -68,14 +69,15 @@ def compare(paths: Sequence[str], data: str | Path, out: str) -> None:
             result = result_of(run, data)
             if (same := (result.student, result.method, result.recipe, result.seed)) in results:
                 raise UserError(
-                    "a student of this recipe, shards and seed is in the table; as a second seed it would count twice"
+                    "a student of this recipe, shards and seed is in the table; this one would count as a second seed"
                 )
             results[same] = result
         except UserError as error:
             click.echo(f"{run}: left out: {error}", err=True)
     if not results:
         raise UserError(
-            f"{data}: no student could be scored on these image sets, for the reasons above; set --data, or train them again"
+            f"{data}: no student could be scored on these image sets, for the reasons above; "
+            "set --data, or train them again"
         )
     click.echo(write_report(with_reference(list(results.values())), out, "Students compared"))
     click.echo(f"written to {out}/report.md and {out}/report.png")

@@ -8,7 +8,7 @@ from .results import Result, groups, set_names, summarize
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The table; the errors are explained below it."""
+    """The table, with a line below that explains the errors."""
     names = set_names(results)
     lines = ["| student | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for label, group in groups(results).items():

@@ -1,4 +1,4 @@
-"""The picture of a report: one group of bars per image set."""
+"""The picture of a report: a bar chart with a group of bars per image set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing runs: one Markdown table and one picture for any number of students, seeds of one method grouped together."""
+"""Results of students: seeds grouped into rows, means with standard errors, differences between methods."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from pathlib import Path
 from ..evaluation.score import Score
 from ..methods import rank_of
 
-REFERENCE = Path(__file__).parents[1] / "reference" / "demo-table.json"  # a copy of what `make demo-table` wrote
+REFERENCE = Path(__file__).parents[1] / "reference" / "demo-table.json"  # committed output of `make demo-table`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One student's scores."""
+    """The scores of one student, by image set."""
 
     student: str
     method: str
     seed: int
     scores: Mapping[str, Score]
-    recipe: str = ""  # fingerprint of everything but the seed; only runs that share it are seeds of one thing
-    reference: bool = False  # from the committed table, not from this machine's runs
+    recipe: str = ""  # fingerprint of the recipe without its seed; students that share it are seeds of one row
+    reference: bool = False  # from the committed table, not from a student on this machine
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean top-1 in percent, its standard error in points, and how many students it speaks of."""
+    """Mean top-1 in percent, its standard error in points, and the number of students."""
 
     mean: float
     error: float
@@ -42,7 +42,7 @@ class Cell:
 
 
 def summarize(results: Sequence[Result], name: str) -> Cell:
-    """Mean over seeds with the standard error between them; for one student, its binomial error."""
+    """Mean over seeds and its standard error; for a single student, the binomial error."""
     scores = [result.scores[name] for result in results if name in result.scores]
     if not scores:
         return Cell(math.nan, math.nan, 0)
@@ -53,9 +53,10 @@ def summarize(results: Sequence[Result], name: str) -> Cell:
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by row of the table; students of one architecture stand together, methods in the registry's order.
+    """Results by row of the table, sorted by architecture, then by method in the registry's order.
 
-    Seeds of one recipe share a row; students of other recipes or shards get rows of their own, marked by the recipe's fingerprint.
+    Seeds of one recipe share a row. If a method has several recipes or shards, each gets a row with the recipe's
+    fingerprint.
     """
     found: dict[str, list[Result]] = {}
     recipes: dict[tuple[str, str], set[str]] = {}
@@ -73,6 +74,7 @@ def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def set_names(results: Sequence[Result]) -> list[str]:
+    """Names of all image sets, in the order of their first result."""
     names: dict[str, None] = {}
     for result in results:
         names |= dict.fromkeys(result.scores)
@@ -80,7 +82,7 @@ def set_names(results: Sequence[Result]) -> list[str]:
 
 
 def difference(results: Sequence[Result], better: str, worse: str, name: str) -> Cell:
-    """How far one method stands above another on a set, paired by seed: mean and standard error of the differences."""
+    """Mean and standard error of the differences between two methods on a set, paired by seed, in points."""
     by_seed = {(r.method, r.seed): r.scores[name].top1 for r in results}
     gaps = [
         by_seed[better, seed] - by_seed[worse, seed] for o, seed in by_seed if o == better and (worse, seed) in by_seed
@@ -90,6 +92,7 @@ def difference(results: Sequence[Result], better: str, worse: str, name: str) ->
 
 
 def to_json(results: Sequence[Result]) -> str:
+    """Results as `from_json` reads them, without recipes."""
     rows = [
         {
             "student": r.student,
@@ -103,10 +106,11 @@ def to_json(results: Sequence[Result]) -> str:
 
 
 def from_json(text: str, *, reference: bool) -> list[Result]:
+    """Read what `to_json` wrote. reference: see `Result`."""
     return [
         Result(
             student=row["student"],
-            method=row.get("method") or row["objective"],  # tables made before methods had a name
+            method=row.get("method") or row["objective"],  # the field of older tables
             seed=row["seed"],
             scores={name: Score(**score) for name, score in row["scores"].items()},
             reference=reference,
@@ -116,9 +120,9 @@ def from_json(text: str, *, reference: bool) -> list[Result]:
 
 
 def with_reference(results: Sequence[Result]) -> list[Result]:
-    """Add the committed rows of the demo for every (student, method) that these results compare with but do not hold.
+    """Add the committed rows of the demo for the same students and other methods.
 
-    Only when the image sets are the same ones, by name and number of images.
+    They are added only if the image sets agree by name and number of images.
     """
     have = {(r.student, r.method) for r in results}
     students = {r.student for r in results}
