@@ -22,7 +22,7 @@ from manifests.recipe import as_tree, first_difference, identity
 from manifests.rundir import RUN
 
 from .methods import BY_NAME
-from .methods.norms import without_auxiliary
+from .methods.parts.norms import without_auxiliary
 from .recipe import Recipe
 from .student import Student, create_student, weights_of
 

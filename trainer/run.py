@@ -17,9 +17,9 @@ from shards import TrainingReader
 
 from .checkpoint import BEST, LAST, Progress, StudentDir, describe
 from .evaluation.sets import check_set
-from .methods.frozen import load_frozen
 from .methods.method import Passes, passes_of
-from .methods.norms import add_norms
+from .methods.parts.frozen import load_frozen
+from .methods.parts.norms import add_norms
 from .metrics import check_wandb
 from .optimizer import create_optimizer
 from .ranks import distributed

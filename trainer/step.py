@@ -15,10 +15,10 @@ from shards.codec import to_float
 
 from .images.mixing import draw_mixing, mix_images
 from .methods import Step
-from .methods.attacks import adversarial_images
-from .methods.frozen import Frozen
 from .methods.method import Images, Term, total
-from .methods.norms import through
+from .methods.parts.attacks import adversarial_images
+from .methods.parts.frozen import Frozen
+from .methods.parts.norms import through
 from .ranks.distributed import rank, unshared, world
 from .recipe import Recipe
 

@@ -22,8 +22,8 @@ from trainer.checkpoint import BEST, LAST, STUDENT_INFO, StudentDir
 from trainer.evaluation.score import score_set
 from trainer.evaluation.sets import image_set
 from trainer.loop import Hooks, train
-from trainer.methods.losses import cross_entropy, distillation_kl
 from trainer.methods.method import Images, total
+from trainer.methods.parts.losses import cross_entropy, distillation_kl
 from trainer.recipe import Recipe, load
 from trainer.run import Training
 from trainer.step import Learner, Losses, train_step

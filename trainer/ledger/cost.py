@@ -11,7 +11,7 @@ from manifests.command import ProjectGroup, set_option
 from manifests.devices import choose_device, use_bf16
 from manifests.recipe import make_recipe, nearest
 
-from ..methods.frozen import as_quantizer, load_model, to_frozen, without_gradient
+from ..methods.parts.frozen import as_quantizer, load_model, to_frozen, without_gradient
 from ..options import choice_options, chosen
 from ..recipe import Recipe, load
 from ..student import check_name

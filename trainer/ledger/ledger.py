@@ -22,9 +22,9 @@ from ..loop import with_waits
 from ..memory import memory_errors
 from ..methods import METHODS, Method
 from ..methods.advprop import AdvProp
-from ..methods.frozen import Frozen
 from ..methods.method import passes_of
-from ..methods.norms import add_norms
+from ..methods.parts.frozen import Frozen
+from ..methods.parts.norms import add_norms
 from ..optimizer import create_optimizer
 from ..recipe import Recipe, with_shared_settings
 from ..run import check_smallest_part, open_reader

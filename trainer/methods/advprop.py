@@ -13,8 +13,8 @@ from pydantic import Field
 from manifests import recipe_dataclass
 from manifests.recipe import Positive
 
-from .losses import cross_entropy, targets
 from .method import Needs, Passes, Step, Term
+from .parts.losses import cross_entropy, targets
 
 PAPER = {5: 7.0, 1: 3.0}  # by steps; the paper counts Fast AdvProp as AdvProp with one step
 

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from manifests import recipe_dataclass
 
-from .losses import cross_entropy, distillation_kl, partner_logits
 from .method import Needs, Passes, Step, Term
+from .parts.losses import cross_entropy, distillation_kl, partner_logits
 
 
 @recipe_dataclass

@@ -9,8 +9,8 @@ from pydantic import Field
 from manifests import recipe_dataclass
 from manifests.recipe import Positive
 
-from .losses import cross_entropy, targets
 from .method import Needs, Passes, Step, Term
+from .parts.losses import cross_entropy, targets
 
 
 @recipe_dataclass

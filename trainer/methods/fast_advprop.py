@@ -12,8 +12,8 @@ from pydantic import Field
 
 from manifests import recipe_dataclass
 
-from .losses import cross_entropy, targets
 from .method import Needs, Passes, Step, Term
+from .parts.losses import cross_entropy, targets
 
 
 @recipe_dataclass

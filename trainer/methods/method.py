@@ -102,7 +102,7 @@ class Step:
     """``student(*x, norms=0)``: float32 logits [B, classes] of each group of images, in train mode. norms: which set of
     batch norms to use."""
     attack: Callable[..., torch.Tensor]
-    """`trainer.methods.attacks.adversarial_images` on the unwrapped student, with this step's generator."""
+    """`trainer.methods.parts.attacks.adversarial_images` on the unwrapped student, with this step's generator."""
     frozen: Mapping[str, Any] = field(default_factory=dict)
     """The models in `Needs.models`: ``teacher(x) -> logits``, ``discretizer(x) -> (images, codes)``; no gradients."""
     generator: torch.Generator = field(default_factory=torch.Generator)

@@ -9,8 +9,8 @@ import torch
 
 from shards import seeded_generator
 from trainer.images.mixing import Mixing, draw_mixing, mix_images
-from trainer.methods.losses import cross_entropy, distillation_kl, targets
 from trainer.methods.method import Images
+from trainer.methods.parts.losses import cross_entropy, distillation_kl, targets
 
 SIDE = 16
 BOTH = {"mixup": 0.4, "cutmix": 1.0}

@@ -19,7 +19,7 @@ from trainer.ledger import ledger
 from trainer.ledger.cost import main
 from trainer.ledger.ledger import Models, Timing, clock, create_learner, ledger_lines, table, whole_bursts
 from trainer.methods import NAMES
-from trainer.methods.frozen import without_gradient
+from trainer.methods.parts.frozen import without_gradient
 from trainer.recipe import load
 from trainer.run import open_reader
 from trainer.step import train_step

@@ -12,8 +12,8 @@ from torch import nn
 
 from shards import Batch, StreamBatch, seeded_generator
 from trainer.methods import Method, Step
-from trainer.methods.attacks import adversarial_images
-from trainer.methods.frozen import as_quantizer, without_gradient
+from trainer.methods.parts.attacks import adversarial_images
+from trainer.methods.parts.frozen import as_quantizer, without_gradient
 from trainer.recipe import Recipe, load
 from trainer.step import Learner, student_logits, to_device
 from trainer.student import create_student

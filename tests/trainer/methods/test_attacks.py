@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from shards import seeded_generator
-from trainer.methods.attacks import adversarial_images
 from trainer.methods.dat import DAT
+from trainer.methods.parts.attacks import adversarial_images
 
 from .conftest import CLASSES, Coarse, batch_of, learner_of, settings, step_of, student_of
 
@@ -133,7 +133,7 @@ def test_dat_trains_on_stage_ones_attack(student: nn.Module, batch: tuple[torch.
 def test_only_functions_reach_for_the_method(python: Callable[..., object], tmp_path: Path) -> None:
     """Importing the methods and the ledger loads nothing of stage 1."""
     told = python(
-        "import sys, trainer.methods.attacks, trainer.methods.frozen, trainer.ledger.cost\n"
+        "import sys, trainer.methods.parts.attacks, trainer.methods.parts.frozen, trainer.ledger.cost\n"
         "print([m for m in sys.modules if m.startswith('pipeline')])"
     )
     assert told.stdout == "[]\n", told.stderr  # type: ignore[attr-defined]

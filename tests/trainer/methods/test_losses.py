@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from trainer.methods.losses import cross_entropy, distillation_kl, targets
 from trainer.methods.method import Images, Term, total
+from trainer.methods.parts.losses import cross_entropy, distillation_kl, targets
 
 STUDENT = [[1.0, -0.5, 2.0], [0.3, 0.2, -1.0]]
 TEACHER = [[3.0, -2.0, 5.0], [4.0, 0.0, -3.0]]

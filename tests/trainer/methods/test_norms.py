@@ -15,7 +15,7 @@ from trainer.export import WEIGHTS, export
 from trainer.loop import Hooks, train
 from trainer.methods.advprop import AdvProp
 from trainer.methods.method import total
-from trainer.methods.norms import AUXILIARY, add_norms, through
+from trainer.methods.parts.norms import AUXILIARY, add_norms, through
 from trainer.methods.plain import Plain
 from trainer.recipe import load
 from trainer.run import Training

@@ -17,7 +17,7 @@ from shards import Batch
 from trainer.export import CARD, export
 from trainer.loop import Hooks, train
 from trainer.methods import METHODS, NAMES, Method, rank_of, title_of
-from trainer.methods.frozen import load_frozen
+from trainer.methods.parts.frozen import load_frozen
 from trainer.recipe import Recipe, load
 from trainer.run import Training
 from trainer.tables.compare import compare

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..images.mixing import mix_log_probabilities
-from .method import Images, Term
+from ...images.mixing import mix_log_probabilities
+from ..method import Images, Term
 
 ALL = slice(None)
 
