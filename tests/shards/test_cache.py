@@ -194,7 +194,7 @@ def test_a_full_disk_says_what_to_lower(
     cache = TarCache(1 << 30)
     wanted = (
         rf"^{disk}/\w+: cannot keep a cache here \(No space left on device\); .*cache_gb, "
-        "or set the environment variable DAD_CACHE"
+        "or set DAD_CACHE"
     )
     with pytest.raises(UserError, match=wanted):
         for tar in tars_of(plain_run):

@@ -1,7 +1,7 @@
 """Training methods, one file each. Tables list them in the order of `METHODS`.
 
-A new method takes a file in this folder, a line here, and a recipe. `method` defines what a method is; `parts` holds its
-building blocks: losses, attacks on the student, sets of batch norms, frozen models.
+A new method takes a file in this folder, a line here, and a recipe. `method` defines what a method is; `parts` holds
+its building blocks: losses, attacks on the student, sets of batch norms, frozen models.
 """
 
 from __future__ import annotations

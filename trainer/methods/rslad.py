@@ -6,9 +6,7 @@ weights 5/6 and 1/6, and T = 1.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from manifests import recipe_dataclass
 from manifests.recipe import Share
@@ -19,14 +17,12 @@ from .parts.losses import distillation_kl, partner_logits
 
 @recipe_dataclass
 class RSLAD:
-    """b T^2 KL(teacher(x) || student(x''); T) + (1 - b) T^2 KL(teacher(x) || student(x); T).
+    """b KL(teacher(x) || student(x'')) + (1 - b) KL(teacher(x) || student(x)), both at temperature 1.
 
     A clean image without a verified x'' keeps its own term.
     """
 
     name: Literal["rslad"] = "rslad"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """T, the temperature of both terms."""
     balance: Share = 5 / 6
     """b, the share of the adversarial term."""
 
@@ -41,6 +37,6 @@ class RSLAD:
         clean, dad = step.images["clean"], step.images["dad"]
         on_clean, on_dad = step.student(clean.x, dad.x)
         return {
-            "kl_clean": (1 - self.balance) * distillation_kl(on_clean, clean.logits, clean, self.temperature),
-            "kl_dad": self.balance * distillation_kl(on_dad, partner_logits(dad), dad, self.temperature),
+            "kl_clean": (1 - self.balance) * distillation_kl(on_clean, clean.logits, clean, 1.0),
+            "kl_dad": self.balance * distillation_kl(on_dad, partner_logits(dad), dad, 1.0),
         }

@@ -84,12 +84,12 @@ def ce(outputs: Rows, images: Images, part: slice = slice(None)) -> float:
     return -sum(p * math.log(q) for row, label in rows for p, q in zip(label, softmax(row), strict=True))
 
 
-def kl(outputs: Rows, teacher: Rows, mixing: Mixing | None) -> float:
-    """T^2 times the sum over samples of KL(blended softened teacher || softened student)."""
-    soft = blended([softmax(row, T) for row in teacher], mixing)
+def kl(outputs: Rows, teacher: Rows, mixing: Mixing | None, t: float = T) -> float:
+    """t^2 times the sum over samples of KL(blended softened teacher || softened student)."""
+    soft = blended([softmax(row, t) for row in teacher], mixing)
     rows = zip(outputs, soft, strict=True)
-    return T**2 * sum(
-        p * math.log(p / q) for row, label in rows for p, q in zip(label, softmax(row, T), strict=True) if p
+    return t**2 * sum(
+        p * math.log(p / q) for row, label in rows for p, q in zip(label, softmax(row, t), strict=True) if p
     )
 
 
@@ -118,10 +118,10 @@ def expected_loss(name: str, seen: Seen, clean: Images, dad: Images | None) -> f
         return ce(out[0], clean) + A * (on_both + ce(out[2], clean))
     if name in ("ard", "rslad"):
         assert dad.partner is not None
-        on_dad = kl(out[1], dad.partner.tolist(), dad.mixing)  # the label of the clean image, beside x''
+        beside = dad.partner.tolist()  # the labels of the clean images of the same keys
         if name == "ard":
-            return ce(out[0], clean) + A * on_dad
-        return 5 / 6 * on_dad + 1 / 6 * kl(out[0], stored, clean.mixing)
+            return ce(out[0], clean) + A * kl(out[1], beside, dad.mixing)
+        return 5 / 6 * kl(out[1], beside, dad.mixing, 1.0) + 1 / 6 * kl(out[0], stored, clean.mixing, 1.0)
     if name == "dad_live":
         return ce(out[0], clean) + A * (kl(out[0], seen.ask(clean.x), None) + kl(out[1], seen.ask(dad.x), None))
     raise AssertionError(f"write out the formula of {name} here")
@@ -199,7 +199,7 @@ def test_ard_with_the_labels_of_its_own_images_is_dad_without_its_clean_term() -
     batch = batch_of()
     batch["dad"].partner = batch["dad"].logits
     terms = {}
-    for method in (DAD(temperature=T, weight=A), ARD(temperature=T, weight=A), RSLAD(temperature=T, balance=0.5)):
+    for method in (DAD(temperature=1, weight=A), ARD(temperature=1, weight=A), RSLAD(balance=0.5)):
         step = step_of(learner, batch, settings(method))
         terms[method.name] = {name: total({name: term}, totals_of(batch)) for name, term in method.terms(step).items()}
     dad, ard, rslad = terms["dad"], terms["ard"], terms["rslad"]
