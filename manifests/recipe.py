@@ -21,7 +21,7 @@ import yaml
 from typing_extensions import dataclass_transform
 
 from .errors import UserError, one_line
-from .files.locations import check_location
+from .locations import check_location
 
 R = TypeVar("R")
 Positive = Annotated[int, pydantic.Field(ge=1)]

@@ -17,7 +17,7 @@ from trainer.tables.picture import picture
 from trainer.tables.results import Result
 
 from .conftest import ROOT, Told
-from .manifests.files.test_locations import attack, touched  # noqa: F401  # a fixture
+from .manifests.test_locations import attack, touched  # noqa: F401  # a fixture
 
 BRACES = "reference:{:file://A,:file://B}"
 

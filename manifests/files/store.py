@@ -24,8 +24,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import Unreachable, Unwritable, UserError, one_line
+from ..locations import check_location
 from .atomic import HOST, link, write_file
-from .locations import check_location
 
 _CHUNK = 16 << 20  # bytes read at once
 PAUSES = (0.5, 2.0, 8.0, None)  # seconds before an object store is asked again

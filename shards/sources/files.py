@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from manifests import Store, UserError
-from manifests.files.locations import check_location
+from manifests.locations import check_location
 
 PIPE = "pipe:"
 VERSIONS = (

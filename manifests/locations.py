@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from ..errors import UserError
+from .errors import UserError
 
 PROTOCOLS = frozenset(
     {

@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from manifests import Location, RunDir, Store, UserError, recipe_dataclass
-from manifests.files.locations import check_location
+from manifests.locations import check_location
 from manifests.recipe import make_recipe
 
 ATTACKS = {
