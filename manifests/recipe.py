@@ -189,9 +189,13 @@ def _refuse_unknown(cls: Any, tree: Mapping[str, Any], where: str, prefix: str, 
             if why := getattr(cls, "RETIRED", {}).get(name):
                 raise UserError(f"{place}: {field}: {why}")
             raise UserError(f"{place}: unknown field {field!r}{nearest(str(name), known)}")
-        if not isinstance(value, Mapping):
-            continue
         members = list(_dataclasses_in(hints[name]))
+        if not isinstance(value, Mapping):
+            if len(members) > 1:
+                raise UserError(
+                    f"{place}: {field}: write it as {field}: {{{TAG}: {value}}}, or --set {field}.{TAG}={value}"
+                )
+            continue
         if len(members) > 1 and (tag := value.get(TAG)) not in (names := [member().name for member in members]):
             if tag is None:
                 raise UserError(f"{place}: {field}: has no {TAG}; give one of {', '.join(names)}")

@@ -165,7 +165,8 @@ def expand(records: np.ndarray, classes: int, temperature: float) -> np.ndarray:
     if not at.any(axis=1).all():
         stored = ", ".join(f"{t:g}" for t in np.unique(records["temperatures"]))
         raise UserError(
-            f"soft labels are stored for temperature {stored} only, not {temperature:g}; set loss.temperature to it"
+            f"soft labels are stored for temperature {stored} only, not {temperature:g}; set method.temperature to it, "
+            "or make a run whose views.temperatures hold it"
         )
     rest = records["rest"][np.arange(len(records)), at.argmax(axis=1)]
     others = classes - records["classes"].shape[1]

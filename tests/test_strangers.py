@@ -16,8 +16,9 @@ from trainer.evaluation.score import Score
 from trainer.tables.picture import picture
 from trainer.tables.results import Result
 
-from .conftest import ROOT, Told
+from .conftest import Told
 from .manifests.test_locations import attack, touched  # noqa: F401  # a fixture
+from .processes import ROOT
 
 BRACES = "reference:{:file://A,:file://B}"
 

@@ -36,7 +36,9 @@ data_option = click.option(
 @main.command()
 @choice_options
 @click.option(
-    "--method", metavar="NAME", help="Training method, with its default settings; the command `methods` lists them."
+    "--method",
+    metavar="NAME",
+    help="Training method; the recipe's temperature, weight and smoothing stay. The command `methods` lists them.",
 )
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation; short for --set seed=….")
 @click.option(

@@ -109,11 +109,15 @@ def with_shared_settings(name: str, method: Method) -> Method:
 
 def _switch_method(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """When an override names another method, drop the settings of the recipe's method that are not `SHARED`."""
-    named = [value for field, _, value in (override.partition("=") for override in overrides) if field == "method.name"]
+    split = (override.partition("=") for override in overrides)
+    named = [value for field, _, value in split if field.strip() == "method.name"]
     old = tree.get("method")
     if not named or not isinstance(old, dict):
         return tree
-    new = str(yaml.safe_load(named[-1]))
+    try:
+        new = str(yaml.safe_load(named[-1]))
+    except yaml.YAMLError:
+        return tree  # `apply_overrides` says what is wrong
     if new == old.get("name") or new not in BY_NAME:
         return tree
     shared = {field: old[field] for field in SHARED if field in old and hasattr(BY_NAME[new](), field)}

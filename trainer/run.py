@@ -18,7 +18,7 @@ from shards import TrainingReader
 from .checkpoint import BEST, LAST, Progress, StudentDir, describe
 from .evaluation.sets import check_set
 from .methods.method import Passes, passes_of
-from .methods.parts.frozen import load_frozen
+from .methods.parts.frozen import check_side, load_frozen
 from .methods.parts.norms import add_norms
 from .metrics import check_wandb
 from .optimizer import create_optimizer
@@ -111,6 +111,7 @@ def prepare(recipe: Recipe, out: str) -> Training:
     try_out(student, min(2, _smallest_part(recipe, reader)), side, device, bf16=bf16)
     optimizer = create_optimizer(student.model, recipe.optimizer)
     frozen = load_frozen(info, method.needs.models, device, recipe.models)
+    check_side(frozen, side, device)
     if recipe.validation is not None:
         try:
             check_set(recipe.validation, reader.classes)
@@ -163,7 +164,7 @@ def open_reader(recipe: Recipe) -> TrainingReader:
         rank=distributed.rank(),
         world=distributed.world(),
         images=recipe.images,
-        temperature=getattr(recipe.method, "temperature", 1.0),
+        temperature=getattr(recipe.method, "temperature", needs.temperature),
         cache_gb=recipe.cache_gb,
         side=recipe.input,
     )

@@ -19,7 +19,7 @@ from .methods.method import Images, Term, total
 from .methods.parts.attacks import adversarial_images
 from .methods.parts.frozen import Frozen
 from .methods.parts.norms import through
-from .ranks.distributed import rank, unshared, world
+from .ranks.distributed import rank, share_buffers, unshared, world
 from .recipe import Recipe
 
 Forward = Callable[[torch.Tensor], torch.Tensor]  # images [B, 3, H, W] in [0, 1] -> logits [B, classes]
@@ -54,6 +54,8 @@ def train_step(
     mixing = seeded_generator("mixing", recipe.seed, step, rank())
     drawn = seeded_generator("method", recipe.seed, step, rank())
     generator = torch.Generator(learner.device).manual_seed(drawn.initial_seed())  # on the device: noise needs no copy
+    if recipe.method.passes.attack:  # an attack may use running statistics, of which checkpoints hold rank 0's alone
+        share_buffers(learner.student)
     losses: Losses = {}
     for number, part in enumerate(split_batch(batch, recipe.accumulate), 1):
         with nullcontext() if number == recipe.accumulate else unshared(learner.forward):

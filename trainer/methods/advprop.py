@@ -42,7 +42,7 @@ class AdvProp:
 
     def terms(self, step: Step) -> dict[str, Term]:
         clean = step.images["clean"]
-        y = targets(clean, clean.logits.shape[1])
+        y = targets(clean)
         adversarial = step.attack(clean.x, y, steps=self.steps, eps=self.eps, alpha=self.alpha, norms=1)
         (on_clean,), (on_adversarial,) = step.student(clean.x), step.student(adversarial, norms=1)
         return {

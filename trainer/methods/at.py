@@ -40,7 +40,7 @@ class AT:
 
     def terms(self, step: Step) -> dict[str, Term]:
         clean = step.images["clean"]
-        y = targets(clean, clean.logits.shape[1])
+        y = targets(clean)
         adversarial = step.attack(clean.x, y, steps=self.steps, eps=self.eps, alpha=self.alpha)
         (output,) = step.student(adversarial)
         return {"ce": cross_entropy(output, clean, self.smoothing)}

@@ -10,6 +10,7 @@ from manifests import recipe_dataclass
 from manifests.recipe import Positive
 
 from .method import Needs, Passes, Step, Term
+from .parts.attacks import discrete_images
 from .parts.losses import cross_entropy, distillation_kl, targets
 
 
@@ -42,15 +43,14 @@ class DATDAD:
 
     def terms(self, step: Step) -> dict[str, Term]:
         clean, dad = step.images["clean"], step.images["dad"]
-        adversarial = step.attack(
+        adversarial = discrete_images(
+            step.attack,
+            step.frozen["discretizer"],
             clean.x,
-            targets(clean, clean.logits.shape[1]),
+            targets(clean),
             steps=self.steps,
             eps=self.eps,
             alpha=self.alpha,
-            norm="l2",
-            random_start=0.8,
-            discretizer=step.frozen["discretizer"],
             training=self.attacked == "train",
         )
         on_clean, on_dad, on_adversarial = step.student(clean.x, dad.x, adversarial)

@@ -39,8 +39,8 @@ class FastAdvProp:
 
     def terms(self, step: Step) -> dict[str, Term]:
         clean = step.images["clean"]
-        y = targets(clean, clean.logits.shape[1])
-        attacked = max(1, round(self.share * len(clean)))
+        y = targets(clean)
+        attacked = min(max(2, round(self.share * len(clean))), len(clean) - 2)  # batch norm needs two in each part
         x = step.attack(clean.x[:attacked], y[:attacked], steps=1, eps=self.eps, alpha=self.alpha, norms=1)
         (on_clean,), (on_adversarial,) = step.student(clean.x[attacked:]), step.student(x, norms=1)
         return {

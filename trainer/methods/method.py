@@ -14,8 +14,9 @@ import torch
 
 from shards.dataset import StreamName
 
-from ..images.mixing import Mixing
+from .parts.terms import Images, Term
 
+__all__ = ["ATTACK_PASS", "Images", "Method", "Needs", "Passes", "Step", "Term", "passes_of", "total"]
 ATTACK_PASS = 2 / 3  # cost in training passes: forward and the gradient of the input, not the gradient of the weights
 
 
@@ -32,6 +33,8 @@ class Needs:
     """Frozen models of the run that every step uses: ``teacher``, ``discretizer``."""
     norms: int = 1
     """Number of sets of batch norms in the student. Evaluation and export use the first set."""
+    temperature: float | None = None
+    """Temperature of the stored soft labels, for a method without a field `temperature`. None: any will do."""
     smallest: int = 1
     """Fewest clean images that a part of a batch may hold on each rank."""
 
@@ -59,38 +62,6 @@ class Passes:
     def times_plain(self) -> float:
         """The student's cost relative to plain training. Teacher and discretizer passes are not counted."""
         return self.train + ATTACK_PASS * self.attack
-
-
-@dataclass(frozen=True)
-class Images:
-    """One stream's samples in a step, on the device."""
-
-    x: torch.Tensor  # [B, 3, H, W] in [0, 1], augmented and mixed
-    labels: torch.Tensor  # int64 [B]
-    logits: torch.Tensor  # [B, classes], stored logits of the teacher on this stream's images
-    stream: StreamName = "clean"
-    mixing: Mixing | None = None  # how `x` was blended; blend labels and soft labels alike
-    partner: torch.Tensor | None = None  # [B, classes], the teacher's logits on the clean image with the same key
-    copies: tuple[torch.Tensor, ...] = ()  # further augmented copies, each like `x`
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a loss, with a value per sample, so that parts of a batch and ranks add up exactly."""
-
-    values: torch.Tensor  # [B] float32
-    stream: StreamName  # the stream whose number of samples in the global batch divides the sum
-    weight: float = 1.0
-
-    def __rmul__(self, factor: float) -> Term:
-        return replace(self, weight=factor * self.weight)
-
-    def mean(self, totals: Mapping[str, int]) -> torch.Tensor:
-        """Sum of the values here, unweighted, divided by the samples of the stream in the global batch."""
-        return self.values.sum() / totals[self.stream]
 
 
 @dataclass(frozen=True)
@@ -135,4 +106,8 @@ def total(terms: Mapping[str, Term], totals: Mapping[str, int]) -> torch.Tensor:
 def passes_of(method: Method, verified: float) -> Passes:
     """The passes of a method, given ``verified`` DAD images per clean image."""
     passes = method.passes
-    return replace(passes, train=passes.train - (1 - verified)) if "dad" in method.needs.streams else passes
+    missing = 1 - verified if "dad" in method.needs.streams else 0
+    asked = (
+        missing if "teacher" in method.needs.models else 0
+    )  # a live teacher is asked about each image of each stream
+    return replace(passes, train=passes.train - missing, teacher=passes.teacher - asked)

@@ -27,7 +27,7 @@ class RSLAD:
     """b, the share of the adversarial term."""
 
     title: ClassVar[str] = "RSLAD on DAD images"
-    needs: ClassVar[Needs] = Needs(streams=("clean", "dad"), partners=True)
+    needs: ClassVar[Needs] = Needs(streams=("clean", "dad"), partners=True, temperature=1.0)
 
     @property
     def passes(self) -> Passes:

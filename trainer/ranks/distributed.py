@@ -140,8 +140,16 @@ def average_in_rank_order(_state, bucket):  # type: ignore[no-untyped-def]  # DD
 
 def share_buffers(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0 (running statistics of batch norm)."""
-    if _watch is not None:
-        for buffer in module.buffers():
+    if _watch is None:
+        return
+    floats = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if floats:
+        flat = torch.cat([buffer.flatten() for buffer in floats])  # one broadcast: some methods share in every step
+        dist.broadcast(flat, 0)
+        for buffer, part in zip(floats, flat.split([buffer.numel() for buffer in floats]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+    for buffer in module.buffers():
+        if not buffer.is_floating_point():
             dist.broadcast(buffer, 0)
 
 

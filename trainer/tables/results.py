@@ -85,7 +85,9 @@ def difference(results: Sequence[Result], better: str, worse: str, name: str) ->
     """Mean and standard error of the differences between two methods on a set, paired by seed, in points."""
     by_seed = {(r.method, r.seed): r.scores[name].top1 for r in results}
     gaps = [
-        by_seed[better, seed] - by_seed[worse, seed] for o, seed in by_seed if o == better and (worse, seed) in by_seed
+        by_seed[better, seed] - by_seed[worse, seed]
+        for method, seed in by_seed
+        if method == better and (worse, seed) in by_seed
     ]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     return Cell(statistics.mean(gaps), error, len(gaps))

@@ -126,4 +126,4 @@ def test_lambda_zero_and_one_are_one_of_the_two(weight: float) -> None:
 def test_an_attack_on_mixed_images_aims_at_the_mixture_of_their_labels() -> None:
     mixing = by_hand([0.7, 0.2, 1.0], [1, 0, 2])
     expected = torch.tensor([[0.0, 0.3, 0.7], [0.0, 0.2, 0.8], [1.0, 0.0, 0.0]])
-    torch.testing.assert_close(targets(mixed_images(mixing, [2, 1, 0]), 3), expected)
+    torch.testing.assert_close(targets(mixed_images(mixing, [2, 1, 0])), expected)

@@ -40,7 +40,7 @@ def test_ratios_are_taken_within_a_turn() -> None:
     }
     told = table(timings, [0.040, 0.400], load("demo", ["epochs=8"]), 0.6)
     assert "| dad | 82.50 | 1.50 [1.50, 1.50] | 1.6 training | 2 | 1.0% |" in told
-    assert "| dad_live | 330.00 | 6.00 [6.00, 6.00] | 1.6 training, 2 teacher |  | 0.0% |" in told
+    assert "| dad_live | 330.00 | 6.00 [6.00, 6.00] | 1.6 training, 1.6 teacher |  | 0.0% |" in told
     assert "DAD from shards: 1.50 x plain (goal: 2.0), 0.25 of DAD with a live teacher" in told
     assert "220.0 ms per clean image, or 4.00 epochs of plain training" in told
     # 1.5 + 4 epochs of making / 8 epochs of training / students

@@ -85,4 +85,4 @@ def test_float16_teacher_logits_are_softened_in_float32() -> None:
 
 
 def test_attacks_climb_away_from_the_labels() -> None:
-    assert torch.equal(targets(images(), 3), torch.tensor(LABELS))
+    assert torch.equal(targets(images()), torch.tensor(LABELS))

@@ -5,26 +5,30 @@ The run has a real tiny CLIP and a real tiny VQGAN, which methods that need them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from manifests import RunDir, UserError
 from shards import Batch
+from shards.codec import decode_array
+from shards.views import ViewSettings, soft_label_members
 from trainer.export import CARD, export
 from trainer.loop import Hooks, train
 from trainer.methods import METHODS, NAMES, Method, rank_of, title_of
 from trainer.methods.parts.frozen import load_frozen
 from trainer.recipe import Recipe, load
-from trainer.run import Training
+from trainer.run import Training, open_reader
 from trainer.tables.compare import compare
 from trainer.tables.methods import methods_table
 
 from ...world import World
-from ..conftest import SIDE, write_image_set
+from ..conftest import CLASSES, SIDE, write_image_set
 
 CPU = torch.device("cpu")
 
@@ -130,3 +134,30 @@ def test_too_few_clean_images_for_a_method_are_told_at_once(tiny_run: Path, tmp_
     ):
         train(recipe(tiny_run, "fast_advprop", "batch=8"), str(tmp_path / "student"))
     assert not (tmp_path / "student").exists()
+
+
+def test_shortened_soft_labels_serve_every_method_that_can_use_them(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A method without a temperature takes the stored one; RSLAD needs 1, which this run does not hold."""
+    settings = ViewSettings(topk=2, temperatures=(4.0,))
+
+    def shortened(_stream: str, _key: str, members: dict[str, bytes]) -> dict[str, bytes]:
+        logits = decode_array(members.pop("logits.npy"), np.float16, "logits")
+        return members | soft_label_members(logits[None], None, settings)
+
+    run = make_run(tmp_path / "run", edit=shortened)
+    for name in NAMES:
+        reader = open_reader(recipe(run, name))
+        if name == "rslad":
+            with pytest.raises(
+                UserError, match=r"for temperature 4 only, not 1; set method.temperature to it, or make"
+            ):
+                next(iter(reader.batches(0)))
+        else:
+            assert next(iter(reader.batches(0)))["clean"].logits.shape == (10, CLASSES)
+
+
+def test_an_input_that_the_discretizer_cannot_return_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^input: 31: the run's discretizer makes \d+ pixels of it; set input=\d+$"):
+        train(recipe(finished_run, "dat", "input=31"), str(tmp_path / "student"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from .norms import through
 
+DAT_START = 0.8  # published probability of a random start
 Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images -> (images, codes)
 
 
@@ -54,6 +56,16 @@ def adversarial_images(
         return attack(
             x, y, student, discretizer, settings, (noise * starts).to(x.device, non_blocking=True)
         ).adversarial
+
+
+def discrete_images(
+    attack: Callable[..., torch.Tensor], discretizer: Quantizer, x: torch.Tensor, y: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """DAT's images: Q of an L2 attack from Q(x) or, with probability `DAT_START`, from a random point around it.
+
+    attack: `Step.attack`. options: of `adversarial_images`.
+    """
+    return attack(x, y, norm="l2", random_start=DAT_START, discretizer=discretizer, **options)
 
 
 @contextmanager

@@ -40,6 +40,14 @@ def load_model(info: RunInfo, name: str, device: torch.device, models: Mapping[A
         raise UserError(f"{error} (the field is in run.json; override it with --set models.{name}.…)") from error
 
 
+def check_side(frozen: Mapping[str, Frozen], side: int, device: torch.device) -> None:
+    """Raises UserError when the discretizer returns images of another size than ``side`` pixels."""
+    if "discretizer" in frozen:
+        made = frozen["discretizer"](torch.zeros(1, 3, side, side, device=device))[0].shape[-1]
+        if made != side:
+            raise UserError(f"input: {side}: the run's discretizer makes {made} pixels of it; set input={made}")
+
+
 def to_frozen(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to the device, in eval mode and in the layout channels_last, as training images are."""
     return model.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ...images.mixing import mix_log_probabilities
-from ..method import Images, Term
+from .terms import Images, Term
 
 ALL = slice(None)
 
@@ -40,12 +40,12 @@ def distillation_kl(output: torch.Tensor, teacher: torch.Tensor, images: Images,
     return Term(temperature**2 * each, images.stream)
 
 
-def targets(images: Images, classes: int) -> torch.Tensor:
+def targets(images: Images) -> torch.Tensor:
     """Targets of an attack: labels int64 [B], or distributions over classes float32 [B, classes] for mixed images."""
     if images.mixing is None:
         return images.labels
     weight = images.mixing.weight[:, None]
-    own = F.one_hot(images.labels, classes)
+    own = F.one_hot(images.labels, images.logits.shape[1])
     return weight * own + (1 - weight) * own[images.mixing.partner]
 
 
