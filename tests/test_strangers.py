@@ -76,7 +76,7 @@ def test_dollar_signs_in_names_are_no_formulas() -> None:
     name = r"$\frac{$ bill"
     panel = _Panel(label=name, pictures=[np.zeros((8, 8, 3), np.uint8)] * 4, verdicts=[(name, 0.5)] * 3, rejected=True)
     assert _draw([panel]).startswith(b"\x89PNG")
-    result = Result(student=name, objective="dad", seed=0, scores={name: Score(right=1, images=2)})
+    result = Result(student=name, method="dad", seed=0, scores={name: Score(right=1, images=2)})
     assert picture([result]).startswith(b"\x89PNG")
 
 
