@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field
 
 from manifests import Execution, Location, load_recipe, recipe_dataclass
-from manifests.recipe import Locations, Positive
+from manifests.recipe import Positive
 
 from .images.augmentation import Augmentation
 from .methods import BY_NAME, DAD, AnyMethod, Method
@@ -28,7 +28,7 @@ class Recipe:
 
     shards: Annotated[str, Location] = "data/demo"
     """The run directory to learn from."""
-    images: Annotated[str | None, Locations] = None
+    images: Annotated[str | None, Location] = None
     """Your own images, for shards that hold labels only: a folder or URL in any layout of stage 1's `source.data`.
     Keys match them with the labels. None: the shards hold the images."""
     student: str = "resnet18"
@@ -72,7 +72,7 @@ class Recipe:
     sync_bn: bool = False
     """Take batch norm's statistics over all GPUs. Without it, students with batch norm learn slightly differently
     on another number of GPUs. No effect on one GPU."""
-    validation: Annotated[str | None, Locations] = None
+    validation: Annotated[str | None, Location] = None
     """Labelled images whose top-1 chooses the best checkpoint: a folder or URL in any layout of `source.data`.
     Class folders have the names of the classes, ImageNet's wnids, or other names that a `classes.yaml` (`classes`,
     `folders`) beside the set translates. None: the last checkpoint counts as the best."""

@@ -202,7 +202,7 @@ def test_top_k_in_a_run(make_run: MakeRun, tmp_path: Path) -> None:
             got, expected = (softened(d[n].logits.float().numpy(), temperature or 4.0) for d in (dataset, full))
             top = expected.topk(2).indices
             torch.testing.assert_close(got.gather(1, top), expected.gather(1, top), rtol=1e-5, atol=0)
-    with pytest.raises(UserError, match=r"for temperature 1, 4 only, not 2; set loss\.temperature"):
+    with pytest.raises(UserError, match=r"for temperature 1, 4 only, not 2; set method\.temperature"):
         ShardDataset(str(run), "dad", temperature=2.0)[0]
     with pytest.raises(UserError, match=r"views\.topk: 5 of 5 classes"):
         shorten(np.zeros((1, CLASSES), np.float16), 5, (4.0,))
