@@ -8,20 +8,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from manifests import RunDir, RunInfo, UserError
+from manifests import RunDir, RunInfo, Store, UserError
 from manifests.claims import clear, forget, look
 from manifests.notes import note
 from manifests.progress import progress
 from manifests.recipe import identity
 from manifests.rundir import CARD, GALLERY, MANIFEST, RUN, count_statuses
 from shards.sources import ImageSource
-from shards.sources.classes import ClassList, find_classes
+from shards.sources.classes import ClassList, find_classes, namesakes
+from shards.sources.files import PIPE, common_extension, expand
 
 from .card import dataset_card
 from .job.batch import Row
@@ -57,7 +59,10 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
     run.check_place()
     here = recipe.launch.launcher == "local" and len(devices(recipe)) == 1
     classes, classes_fingerprint = find_classes(recipe.source.classes)
+    if recipe.teacher.kind == "open_clip" and (same := namesakes(classes.names)):
+        note(f"source.classes: the teacher cannot tell namesakes apart; a tie counts as the label: {same}")
     source = source_of(recipe, classes)
+    refuse_inside(out, source, recipe.source.data)
     recipe = resolve_precision(recipe, run, devices(recipe)[0] if recipe.launch.launcher == "local" else None)
     models = load_models(recipe, classes) if here else None
     recipe = resolve_batch(recipe, run, models or _on_first_device(recipe, classes, run))
@@ -73,6 +78,24 @@ def prepare_job(recipe: Recipe, out: str) -> Job:
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
     return Job(recipe, classes, source, models, info, run)
+
+
+def refuse_inside(out: str, source: ImageSource, data: str) -> None:
+    """Raises UserError for an OUT that the next start would take for a part of its source.
+
+    That is the folder of the source itself or, where its sub-folders are classes, a folder in it.
+    """
+    for folder in expand(data):
+        if folder.startswith(PIPE) or common_extension([folder]) is not None:
+            continue
+        there, here = Store(folder), Store(out)
+        if there.is_local and here.is_local:
+            place, root = Path(here.root).resolve(), Path(there.root).resolve()
+            within = place.is_relative_to(root) if source.kind == "ImageFolder" else place == root
+        else:
+            within = f"{here}/".startswith(f"{there}/") if source.kind == "ImageFolder" else str(here) == str(there)
+        if within:
+            raise UserError(f"{out}: lies in the source ({folder}), and would become a part of it; choose another OUT")
 
 
 def _on_first_device(recipe: Recipe, classes: ClassList, run: RunDir) -> Models | None:

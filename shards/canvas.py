@@ -7,13 +7,24 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from manifests.errors import one_line
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")  # no other formats: PIL's EPS decoder runs Ghostscript
 MAX_PIXELS = 256 << 20  # largest source image; decoding a larger one takes gigabytes
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # PIL refuses images with more than 1 MiB of text in one chunk
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL raises beyond twice this, before decoding
 # Silence PIL's remarks on odd metadata: they would tear the progress bar once per image. The filter is set here, not
 # around each image, because threads share filters.
@@ -32,7 +43,7 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             picture.draft("RGB", (2 * side, 2 * side))  # decodes a far larger JPEG at a fraction of its size
-            image = _to_rgb(ImageOps.exif_transpose(picture))
+            image = _to_rgb(_upright(picture))
     except UnidentifiedImageError as error:  # its own text holds a memory address, which would differ between runs
         raise BadImage(
             f"unreadable image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged"
@@ -49,6 +60,19 @@ def load_canvas(data: bytes, side: int) -> torch.Tensor:
         image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))
     pixels = np.array(image)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says. Metadata that cannot be read is passed over: pixels count.
+
+    Not `ImageOps.exif_transpose`, which fails where it writes the rest of damaged metadata back.
+    """
+    image.load()  # first: PIL reads a PNG's pixels with its metadata, and damage to those must show
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # PIL raises almost anything
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -153,7 +153,9 @@ def _samples(file: IO[bytes], where: str, start: int, *, only: str | None = None
             # without this condition, Python 3.10 seeks to byte -1 of a tar without members
             for member in iter(tar.next, None) if tar.firstmember or tar.offset else ():  # type: ignore[attr-defined]
                 tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header of a long tar
-                if not member.isreg():
+                if not member.isreg() or member.name.rpartition("/")[2].startswith(
+                    "."
+                ):  # ._NAME, .DS_Store: a Mac's own
                     continue
                 key, extension = split_name(member.name)
                 if current is None or key != current.key or extension in current.members:

@@ -114,7 +114,8 @@ def judge_batch(batch: AttackedBatch, models: Models) -> JudgedBatch:
         "delta_l2": (attacked.perturbed - attacked.discrete).flatten(1).norm(dim=1),
     }
     for name, logits in (("clean", clean_logits.float()), ("dad", dad_logits.float())):
-        columns[f"{name}_prob"], columns[f"{name}_pred"] = logits.softmax(1).max(1)
+        columns[f"{name}_prob"], seen_as = logits.softmax(1).max(1)
+        columns[f"{name}_pred"] = torch.where(verified(logits, batch.y), batch.y, seen_as)  # a tie counts as the label
         columns[f"loss_{name}"] = F.cross_entropy(logits, batch.y, reduction="none")
     if batch.attacked_loss is not None:
         columns["loss_attacked"] = batch.attacked_loss

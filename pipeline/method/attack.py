@@ -119,7 +119,7 @@ def draw_noise(keys: Sequence[str], shape: Sequence[int], settings: AttackSettin
 
 def verified(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Whether the teacher classifies each image as its label: bool [B] from logits [B, classes] on stored images."""
-    return logits.argmax(1) == y
+    return logits.gather(1, y[:, None])[:, 0] == logits.amax(1)
 
 
 def _noise(shape: Sequence[int], settings: AttackSettings, generator: torch.Generator) -> torch.Tensor:

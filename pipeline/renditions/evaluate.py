@@ -13,6 +13,7 @@ from shards.codec import to_float
 from shards.sources import ImageSet, load_classes, open_set
 
 from ..job.models import load_models
+from ..method.attack import verified
 from ..recipe import load
 from .clip import TEACHER_DIR
 from .compose import EVALUATION
@@ -30,8 +31,8 @@ def evaluation_table(data: str, batch: int = 250) -> str:
             for x, y in _batches(open_set(f"{data}/{name}", classes), recipe.canvas, batch):
                 with torch.no_grad():
                     discrete, _ = models.discretizer(x)
-                    right += int((models.teacher(x).argmax(1) == y).sum())
-                    right_q += int((models.teacher(discrete).argmax(1) == y).sum())
+                    right += int(verified(models.teacher(x), y).sum())
+                    right_q += int(verified(models.teacher(discrete), y).sum())
                 error += float((discrete - x).abs().mean()) * len(x)
                 count += len(x)
             top1, top1_q = 100 * right / count, 100 * right_q / count

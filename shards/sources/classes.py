@@ -39,6 +39,14 @@ def find_classes(name: str) -> tuple[ClassList, str]:
 
 
 @lru_cache(maxsize=1)
+def namesakes(names: Sequence[str]) -> str:
+    """For people: names that a text tower reads alike (case and spaces do not count), with their classes."""
+    classes: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        classes.setdefault(" ".join(name.lower().split()), []).append(number)
+    return ", ".join(f"{names[same[0]]!r} {tuple(same)}" for same in classes.values() if len(same) > 1)
+
+
 def imagenet_classes() -> ClassList:
     """ImageNet's 1000 classes: names as CLIP's authors curated them, wnids as folders, in the benchmark's order."""
     return load_classes(Path(__file__).parent / f"{IMAGENET}.yaml")

@@ -24,7 +24,7 @@ from shards.tar import clean_key
 from ..prefetch import map_in_order
 from .classes import ClassList, repeated
 from .files import version
-from .sample import Fingerprint, Piece, Place, SourceSample, key_hashes, refuse_repeated
+from .sample import RENAME, Fingerprint, Piece, Place, SourceSample, key_hashes, refuse_repeated
 
 READERS = 32  # files fetched at once, ahead of the decoders: at 30 ms a GET, one after the other would be 33 images/s
 LOOKED_AT = 64  # files whose content enters the fingerprint
@@ -116,6 +116,7 @@ def cut_folder(root: str, classes: ClassList, shard_size: int) -> tuple[Sequence
     refuse_repeated(
         key_hashes(folder_key(_text(name)) for name in names),
         lambda i: (folder_key(names[i].decode(errors="replace")), f"{root}/{names[i].decode(errors='replace')}"),
+        RENAME,
     )
     # Shards of one class each would make batches of one class; a fixed shuffle by name spreads them.
     order = sorted(range(len(names)), key=[hashlib.sha256(name).digest() for name in names].__getitem__)

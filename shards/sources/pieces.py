@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from manifests import Store, UserError
@@ -12,6 +13,7 @@ from manifests import Store, UserError
 from .classes import ClassList
 from .files import PIPE, NoSuchFile, common_extension, expand, file_name, list_files
 from .folder import cut_folder
+from .names import refuse_compressed, refuse_mixed_splits
 from .parquet import cut_parquet
 from .sample import KeyRule, Piece, SourceSample
 from .tars import cut_tars
@@ -73,6 +75,7 @@ def find_layout(data: str, folders: Sequence[str] = ()) -> tuple[Kind, list[str]
             f"{data}: a list must name tars or Parquet files, all of one kind; it has {urls[0]} and {urls[-1]}"
         )
     if found is None:
+        refuse_compressed(urls[:1])
         found, urls = _look_into(urls[0], folders)
     kinds: dict[str | None, Kind] = {"tar": "WebDataset", "parquet": "Parquet", None: "ImageFolder"}
     return kinds[found], urls
@@ -80,8 +83,12 @@ def find_layout(data: str, folders: Sequence[str] = ()) -> tuple[Kind, list[str]
 
 def _look_into(root: str, folders: Sequence[str]) -> tuple[str | None, list[str]]:
     """(extension, files) of a folder; (None, [root]) for one without tars and Parquet files."""
-    if not Store(root).exists():
+    store = Store(root)
+    if not store.exists():
         raise NoSuchFile(f"{root}: no such file or folder")
+    if store.is_local and not Path(store.root).is_dir():
+        raise UserError(f"{root}: is a file, and no tar or Parquet file; {EXPECTED}")
+    refuse_compressed([store.where(name) for name in store.names("")])
     files = {kind: found for kind in ("tar", "parquet") if (found := list_files(root, kind))}
     kinds = [f"*.{kind} files ({file_name(found[0])} …)" for kind, found in files.items()]
     if files and (classes := sorted(set(Store(root).folders("")) & set(folders))):
@@ -91,6 +98,8 @@ def _look_into(root: str, folders: Sequence[str]) -> tuple[str | None, list[str]
             f"{root}: holds {' and '.join(kinds)}, and nothing says which are meant; move the others elsewhere, "
             "or name the files: a list with braces such as train-{000..127}.tar, joined by ::"
         )
+    for found in files.values():
+        refuse_mixed_splits(root, found)
     return next(iter(files.items()), (None, [root]))
 
 

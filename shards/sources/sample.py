@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -83,7 +84,10 @@ def check_label(value: object, classes: ClassList) -> tuple[int | None, str | No
     if value is None:
         return None, "no label (KEY.cls)"
     try:
-        label = int(value.decode("ascii").strip()) if isinstance(value, bytes) else int(value)  # type: ignore[call-overload]
+        text = value.decode("ascii").strip() if isinstance(value, bytes) else str(int(value))  # type: ignore[call-overload]
+        if isinstance(value, bool) or not re.fullmatch("[+-]?[0-9]+", text):  # int() would take 1_0 for ten
+            raise ValueError(text)
+        label = int(text)
     except (ValueError, TypeError):
         return None, f"label {value[:20] if isinstance(value, bytes) else value!r} is not an integer"
     if not 0 <= label < len(classes.names):
@@ -112,13 +116,24 @@ def key_hashes(keys: Iterable[str]) -> np.ndarray:
     )
 
 
-def refuse_repeated(hashes: np.ndarray, describe: Callable[[int], tuple[str, str]]) -> None:
-    """Raises UserError when a hash occurs twice; ``describe(i)`` gives the key of entry i and where it stands."""
+RENAME = "rename one (files that differ in their ending only count as one)"
+BY_PLACE = f"{RENAME}, or --set source.keys=place to name samples by file and number"
+SCATTERED = "the members of one sample must follow each other: pack the tar anew with tar --sort=name"
+
+
+def refuse_repeated(
+    hashes: np.ndarray, describe: Callable[[int], tuple[str, str]], mend: str = BY_PLACE, mend_within: str | None = None
+) -> None:
+    """Raises UserError when a hash occurs twice; ``describe(i)`` gives the key of entry i and where it stands.
+
+    mend: what to do. mend_within: what to do where both entries stand in one file, with others between.
+    """
     order = np.argsort(hashes, kind="stable")
     again = order[1:][np.diff(hashes[order]) == 0]
     if len(again):
-        key, where = describe(int(again.min()))
-        raise UserError(
-            f"{where}: key {key!r} occurs twice in the source; rename one (files that differ in their ending only "
-            "count as one), or --set source.keys=place to name samples by file and number"
-        )
+        later = int(again.min())
+        earlier = int(np.flatnonzero(hashes == hashes[later])[0])
+        key, where = describe(later)
+        if mend_within is not None and later > earlier + 1 and describe(earlier)[1] == where:
+            mend = mend_within
+        raise UserError(f"{where}: key {key!r} occurs twice in the source; {mend}")

@@ -23,6 +23,7 @@ from .classes import ClassList
 from .files import PIPE, NoSuchFile, copy_into, file_name, file_size, is_local, open_file, store_of
 from .sample import (
     EXACT,
+    SCATTERED,
     SLACK,
     Fingerprint,
     KeyRule,
@@ -178,7 +179,7 @@ def _cut_exactly(urls: Sequence[str], shard_size: int, keys: KeyRule) -> tuple[S
                 TarPiece(url=url, name=name, count=count, start=offsets[first], stop=stop, first=first, keys=keys)
             )
     if keys == "name":
-        refuse_repeated(key_hashes(key for key, _ in names), names.__getitem__)
+        refuse_repeated(key_hashes(key for key, _ in names), names.__getitem__, mend_within=SCATTERED)
     return pieces, True, fingerprint.value()
 
 

@@ -129,3 +129,31 @@ def test_urls_that_cannot_be_opened(world, cli, url: str) -> None:  # type: igno
         else:
             pytest.skip("s3fs is installed: the URL could be opened")
     assert url in cli("generate", "--recipe", world.recipe, "--out", url).error
+
+
+@pytest.mark.parametrize(("kind", "place"), [("images", ""), ("images", "dad"), ("images", "a/b"), ("tars", "")])
+def test_an_out_in_the_source_is_refused(world, cli, tmp_path: Path, kind: str, place: str) -> None:  # type: ignore[no-untyped-def]
+    """Before anything is written: the next start would take the shards for a part of the source."""
+    source = Path(shutil.copytree(getattr(world, kind), tmp_path / "source"))
+    before = sorted(source.rglob("*"))
+    told = cli("generate", "--recipe", world.recipe, "--data", source, "--out", source / place)
+    assert f"lies in the source ({source}), and would become a part of it; choose another OUT" in told.error
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_link_hides_no_source(world, cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = Path(shutil.copytree(world.images, tmp_path / "source"))
+    (tmp_path / "link").symlink_to(source)
+    told = cli("generate", "--recipe", world.recipe, "--data", source, "--out", tmp_path / "link" / "x")
+    assert "lies in the source" in told.error
+
+
+def test_namesakes_are_told_once(world, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """A class list with a name twice works: images of the second are verified, and one note says which classes."""
+    prompts = yaml.safe_load((world.clip / "prompts.yaml").read_text())
+    prompts["classes"][2] = prompts["classes"][0].upper()
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(prompts))
+    make_shards(world.load(f"source.classes={tmp_path / 'classes.yaml'}"), str(tmp_path / "run"))
+    told = capsys.readouterr().err
+    name = prompts["classes"][0]
+    assert told.count(f"the teacher cannot tell namesakes apart; a tie counts as the label: {name!r} (0, 2)") == 1

@@ -96,6 +96,20 @@ def test_colours_survive_every_mode(form: str, make: Callable[[Image.Image], Ima
     assert corner_colours(canvas) == [RED, GREEN, BLUE, WHITE]
 
 
+def test_metadata_that_cannot_be_read_is_passed_over() -> None:
+    """Pillow#8965: a negative XResolution, which PIL cannot write back. Pillow#5528: eXIf without a TIFF header."""
+    entries = [(0x112, 3, 1, struct.pack("<HH", 6, 0)), (0x11A, 10, 1, struct.pack("<L", 38))]
+    body = b"".join(struct.pack("<HHL", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + body + struct.pack("<L", 0) + struct.pack("<2l", -1, 1)
+    stored = quarters().transpose(Image.Transpose.ROTATE_90)  # which orientation 6 turns back
+    turned = encode(stored, "JPEG", exif=exif, quality=95)
+    plain = encode(quarters(), "JPEG", quality=95)
+    assert corner_colours(load_canvas(turned, 32)) == corner_colours(load_canvas(plain, 32))
+    png, chunk = encode(quarters(), "PNG"), b"eXIf" + b"\0\x08\0\x02\x01\x12\0\x03"
+    odd = png[:33] + struct.pack(">L", len(chunk) - 4) + chunk + struct.pack(">L", zlib.crc32(chunk)) + png[33:]
+    assert torch.equal(load_canvas(odd, 32), load_canvas(png, 32))
+
+
 def test_transparent_is_white() -> None:
     """Transparent pixels show white, in RGBA, grey with alpha and palettes; half-transparent ones are half white."""
     clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))

@@ -51,7 +51,8 @@ def score_set(
     threads: int = 1,
     batch: int = BATCH,
 ) -> Score:
-    """Count how often the model's top-1 is the label, in eval mode. The model takes [0, 1] images [B, 3, H, W].
+    """Count how often the label has the largest logit, in eval mode. The model takes [0, 1] images [B, 3, H, W]. A tie
+    with the label counts as right, as in verification.
 
     Several processes share the images out, and all get the score of the whole set. Unusable samples are left out, and
     a note names the first. Raises UserError for too many of them, for a set without images, and as
@@ -67,7 +68,8 @@ def score_set(
         x = to_float(torch.stack([image for image, _ in pending])).to(device, memory_format=torch.channels_last)
         y = torch.tensor([label for _, label in pending], device=device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return int((model(x).argmax(1) == y).sum())
+            logits = model(x)
+            return int((logits.gather(1, y[:, None])[:, 0] == logits.amax(1)).sum())
 
     for picture in images.pictures(side, part=rank(), parts=world(), threads=threads):
         if picture.image is None:

@@ -251,3 +251,9 @@ def test_a_wrong_image_is_rejected(models, world, finished_run):  # type: ignore
     assert verified(logits, labels).all()
     assert not verified(logits, (labels + 1) % 5).any()
     assert verified(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([0, 0])).tolist() == [False, True]
+
+
+def test_a_tie_with_the_label_counts_as_the_label() -> None:
+    """Classes of one name have equal logits; argmax would never say the second. What is no number is not right."""
+    logits = torch.tensor([[1.0, 5.0, 5.0], [5.0, 1.0, 5.0], [1.0, torch.nan, 0.0], [torch.nan, 5.0, 1.0]])
+    assert verified(logits, torch.tensor([2, 1, 0, 1])).tolist() == [True, False, False, False]

@@ -63,6 +63,18 @@ def test_zero_shot_head(world, teacher: TeacherModel, classes: ClassList) -> Non
     )
 
 
+def test_classes_of_one_name_tie_to_the_bit(world, classes: ClassList) -> None:  # type: ignore[no-untyped-def]
+    """Case and spaces do not count for the text tower. The others keep their logits."""
+    names = (*classes.names, f" {classes.names[1].upper()}")
+    twice = load_teacher(settings(world.clip), replace(classes, names=names, folders=(*classes.folders, "n99")))
+    once = load_teacher(settings(world.clip), classes)
+    x = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, alone = twice(x), once(x)
+    assert torch.equal(logits[:, 1], logits[:, -1]) and twice.twins == [0, 1, 2, 3, 4, 1] and once.twins is None
+    torch.testing.assert_close(logits[:, :-1], alone)
+
+
 def test_logits(world, teacher: TeacherModel, classes: ClassList) -> None:  # type: ignore[no-untyped-def]
     """Logits are scale x cosine between the embedded, normalised image and each class's text."""
     import open_clip

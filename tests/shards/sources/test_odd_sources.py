@@ -12,6 +12,7 @@ from manifests import UserError
 from shards.sources import SourceSample, find_source
 from shards.sources.classes import ClassList
 from shards.sources.folder import folder_key
+from shards.sources.sample import check_label
 from shards.tar import KEY, MAX_KEY, clean_key
 
 CLASSES = ClassList(names=("wolf", "ant", "bee"), folders=("n9", "n1", "n5"), templates=())
@@ -69,8 +70,76 @@ def test_duplicate_keys(tmp_path: Path, write_tar: WriteTar) -> None:
     for name in ("n1/k.jpg", "n1/k.png"):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(b"")
-    with pytest.raises(UserError, match=r"n1/k\.\w+: key 'n1-k' occurs twice"):
-        find_source(str(tmp_path / "folder"), CLASSES, 10)
+    with pytest.raises(UserError, match=r"n1/k\.\w+: key 'n1-k' occurs twice in the source; rename one \(.*as one\)$"):
+        find_source(str(tmp_path / "folder"), CLASSES, 10)  # no advice to name by place, which folders do not do
+
+
+def test_an_unsorted_tar_is_told_how_to_pack_it(tmp_path: Path, write_tar: WriteTar) -> None:
+    write_tar(tmp_path / "a.tar", [("x.jpg", b""), ("y.jpg", b""), ("x.cls", b"0"), ("y.cls", b"1")])
+    with pytest.raises(UserError, match=r"a\.tar: key 'x' occurs twice in the source; .* anew with tar --sort=name$"):
+        find_source(str(tmp_path / "a.tar"), CLASSES, 10)
+
+
+def test_what_a_mac_adds_to_a_tar_is_passed_over(tmp_path: Path, write_tar: WriteTar) -> None:
+    """`._NAME` beside every file, and .DS_Store: with or without them, the same samples."""
+    members = [("d/x.jpg", b"1"), ("d/x.cls", b"0"), ("d/y.jpg", b"2"), ("d/y.cls", b"1")]
+    write_tar(tmp_path / "plain.tar", members)
+    hidden = [member for name, data in members for member in ((f"d/._{name[2:]}", b"mac"), (name, data))]
+    write_tar(tmp_path / "mac.tar", [("d/.DS_Store", b""), ("._d", b""), *hidden])
+    assert read(tmp_path / "mac.tar") == read(tmp_path / "plain.tar")
+    assert read(tmp_path / "mac.tar", shard_size=1) == read(tmp_path / "plain.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"), [("a.tar.gz", "gunzip -c"), ("A.TGZ", "gunzip -c"), ("a.tar.zst", "zstdcat")]
+)
+def test_compressed_tars_are_named_with_what_unpacks_them(tmp_path: Path, name: str, tool: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    for data in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name}: a compressed tar; unpack it, or give --data 'pipe:{tool} "):
+            find_source(str(data), CLASSES, 10)
+
+
+def test_a_file_that_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x\.jpg: is a file, and no tar or Parquet file; expected "):
+        find_source(str(tmp_path / "x.jpg"), CLASSES, 10)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["train-00.tar", "train-01.tar", "validation-00.tar"], r"train-\{00\.\.01\}\.tar or .*/validation-00\.tar$"),
+        (
+            ["in1k-train-7.tar", "in1k-train-9.tar", "in1k-val.tar"],
+            r"in1k-train-\{7,9\}\.tar or ",
+        ),
+        (["train-0-of-2.tar", "train-1-of-2.tar", "test.tar"], r"/test\.tar or .*/train-\{0\.\.1\}-of-2\.tar$"),
+    ],
+)
+def test_files_of_several_splits_are_refused_with_their_patterns(
+    tmp_path: Path, write_tar: WriteTar, names: list[str], pattern: str
+) -> None:
+    """They would be taken together. Each pattern that is named reads the files of its split alone."""
+    for name in names:
+        write_tar(tmp_path / name, [(f"{name.replace('.', '-')}.jpg", b""), (f"{name.replace('.', '-')}.cls", b"0")])
+    with pytest.raises(UserError, match=pattern) as caught:
+        find_source(str(tmp_path), CLASSES, 10)
+    found = [str(caught.value).partition("name them: ")[2].split(" or ")[n] for n in (0, 1)]
+    assert sorted(find_source(named, CLASSES, 10).samples for named in found) == [1, 2]
+
+
+def test_one_split_or_none_is_taken(tmp_path: Path, write_tar: WriteTar) -> None:
+    """Letters beside the word make it another: trainees, latest."""
+    for name in ("trainees-0.tar", "latest-1.tar", "val-2.tar"):
+        write_tar(tmp_path / name, [(f"{name[:-4]}.jpg", b""), (f"{name[:-4]}.cls", b"0")])
+    assert find_source(str(tmp_path), CLASSES, 10).samples == 3
+
+
+@pytest.mark.parametrize("label", [b"1_0", b"", b"1.0", b"\xd9\xa1", b"0x1"])
+def test_labels_are_plain_decimal_numbers(label: bytes) -> None:
+    assert check_label(label, CLASSES)[0] is None
+    assert check_label(True, CLASSES)[0] is None and check_label(b" 2\n", CLASSES) == (2, None)
 
 
 def test_problems_of_tar_samples(tmp_path: Path, write_tar: WriteTar) -> None:
