@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import Unwritable, UserError
@@ -15,14 +16,25 @@ from ..errors import Unwritable, UserError
 def cache_folder(kind: str) -> Path:
     """The folder of one kind of things: below ``$DAD_CACHE``, else ``$XDG_CACHE_HOME/dad``, else ``~/.cache/dad``.
 
-    Raises UserError for a user who has none of them.
+    Raises UserError for a user who has none of them, or a folder that everybody may write to: what it holds is trusted.
     """
+    folder = _base() / kind
+    for place in (folder, folder.parent):
+        with suppress(OSError):
+            if place.stat().st_mode & stat.S_IWOTH:
+                raise UserError(
+                    f"{place}: everybody may write to this cache; chmod o-w it, or set DAD_CACHE to another"
+                )
+    return folder
+
+
+def _base() -> Path:
     if own := os.environ.get("DAD_CACHE"):
-        return Path(own) / kind
+        return Path(own)
     if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "dad" / kind
+        return Path(caches) / "dad"
     try:
-        return Path.home() / ".cache" / "dad" / kind
+        return Path.home() / ".cache" / "dad"
     except RuntimeError as error:
         raise UserError(
             "this user has no home folder to keep a cache in; set DAD_CACHE to a folder on a local disk"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from manifests import Store, UserError
@@ -53,17 +53,23 @@ def cached_head(
         return kept
     head = zero_shot_head(model, tokenizer, classes, templates).cpu()
     try:
-        Store(cache_folder("heads")).write(name, save({"head": head.contiguous()}))
+        tensors = {"head": head.contiguous()}
+        data = save(tensors, metadata={"sha256": tensors_sha256(tensors)})
+        Store(cache_folder("heads")).write(name, data)
     except (OSError, UserError) as error:
         note(f"the embedded class names are not kept for the next time ({error}); DAD_CACHE may name a folder")
     return head
 
 
 def _kept_head(name: str) -> torch.Tensor | None:
+    """The kept head; None if it is missing, out of reach, or damaged: one flipped bit could name every image alike."""
     try:
-        return load_file(cache_folder("heads") / name)["head"]
-    except (OSError, UserError, SafetensorError, KeyError):  # not there yet, out of reach, or damaged
+        with safe_open(cache_folder("heads") / name, "pt") as file:
+            tensors = {"head": file.get_tensor("head")}
+            written = (file.metadata() or {}).get("sha256")
+    except (OSError, UserError, SafetensorError, KeyError):
         return None
+    return tensors["head"] if written == tensors_sha256(tensors) else None
 
 
 def _text_weights(model: nn.Module) -> str:

@@ -47,11 +47,12 @@ def expand(data: str) -> list[str]:
 def without_secrets(data: str) -> str:
     """``source.data`` for the record, which others will read.
 
-    Commands, which may hold tokens, are left out, and so are the user and password of a URL.
+    Commands, which may hold tokens, are left out, and so are the user, the password and the query of a URL.
     """
     if any(url.startswith(PIPE) for url in expand(data)):
         return f"{PIPE}(a command, not recorded)"
-    return re.sub(r"://[^/@]*@", "://", data)
+    without_users = re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://", data)
+    return re.sub(r"(://[^?]*?)\?.*?(?=::|$)", r"\1", without_users)  # a query may hold a token, or a signature
 
 
 def store_of(url: str) -> Store:

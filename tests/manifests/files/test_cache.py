@@ -51,6 +51,20 @@ print(cache_folder("tars"))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without a home")
+def test_a_folder_that_everybody_may_write_to_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds is trusted. A group may share one."""
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "indexes").mkdir(parents=True)
+    for place in (tmp_path / "cache", tmp_path / "cache" / "indexes"):
+        place.chmod(0o777)
+        with pytest.raises(
+            UserError, match=rf"^{place}: everybody may write to this cache; chmod o-w it, or set DAD_CACHE"
+        ):
+            cache_folder("indexes")
+        place.chmod(0o775)
+    assert cache_folder("indexes") == tmp_path / "cache" / "indexes"
+
+
 def test_a_user_without_a_home(forked: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """A user without a home learns which variable to set; with it, no home is needed."""
     told = forked(NOBODY)

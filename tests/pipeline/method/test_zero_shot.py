@@ -95,6 +95,17 @@ def test_small_heads_are_not_kept(clip: Path, computed: list[int], monkeypatch: 
     assert computed == [10, 10] and not cache_folder("heads").exists()
 
 
+def test_one_flipped_bit_of_a_kept_head_is_noticed(clip: Path, computed: list[int]) -> None:
+    """It could give every image one label: the head is computed anew, and the copy is mended."""
+    first = head(clip)
+    (kept,) = cache_folder("heads").iterdir()
+    data = bytearray(kept.read_bytes())
+    data[-3] ^= 0x40
+    kept.write_bytes(data)
+    assert torch.equal(head(clip), first) and torch.equal(head(clip), first)
+    assert len(computed) == 2
+
+
 def test_a_damaged_copy(clip: Path, computed: list[int]) -> None:
     """A kept head that cannot be read is computed anew, not a stack trace."""
     first = head(clip)

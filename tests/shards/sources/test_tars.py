@@ -105,7 +105,10 @@ def test_secrets() -> None:
         == without_secrets("{pip,pip}e:curl -H token x")
         == "pipe:(a command, not recorded)"
     )
-    assert without_secrets("/data/me@home/a.tar") == "/data/me@home/a.tar"
+    assert without_secrets("/data/me@home/a?b.tar") == "/data/me@home/a?b.tar"
+    assert without_secrets("https://me:pa/ss@host/a.tar") == "https://host/a.tar"
+    signed = "https://host/a.tar?X-Amz-Signature=s3cret::s3://bucket/b.tar?token=s3cret"
+    assert without_secrets(signed) == "https://host/a.tar::s3://bucket/b.tar"
 
 
 def test_the_tars_of_commands_make_the_source(folder: Path) -> None:
