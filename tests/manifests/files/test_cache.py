@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from manifests import UserError
 from manifests.files.cache import cache_folder, lock
 
 from ...patience import PATIENCE
