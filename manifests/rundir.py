@@ -20,7 +20,7 @@ import pydantic
 
 from .errors import Unreachable, UserError, one_line
 from .files.store import Store
-from .recipe import fingerprint, first_difference
+from .recipe import fingerprint, first_difference, flatten
 from .rows import SCHEMA, PartRecord, TarRecord, decode_part, decode_table, decode_tars, encode_part, encode_table
 
 MANIFEST = "manifest.parquet"
@@ -92,10 +92,15 @@ class RunDir:
             if tree.get("format") != FORMAT:
                 what = f"format {tree.get('format')!r}, this version reads format {FORMAT}"
                 raise UserError(f"{self.store.where(RUN)}: {what}; restore it or make the run anew")
-            return pydantic.TypeAdapter(RunInfo).validate_json(data, strict=True)
+            info: RunInfo = pydantic.TypeAdapter(RunInfo).validate_json(data, strict=True)
         except (ValueError, TypeError, AttributeError) as error:
             reason = one_line(error)
             raise UserError(f"{self.store.where(RUN)}: damaged ({reason}); restore it or make the run anew") from error
+        recipe = flatten(info.recipe)
+        if odd := next((name for name, value in info.identity.items() if recipe.get(name, value) != value), None):
+            what = f"recipe.{odd} is {recipe[odd]!r}, identity says {info.identity[odd]!r}"
+            raise UserError(f"{self.store.where(RUN)}: was edited ({what}); restore it or make the run anew")
+        return info
 
     def shards_with_parts(self) -> set[int]:
         """Shards whose part file exists, from one listing. `damage` says whether a part is sound."""
@@ -217,7 +222,8 @@ class RunDir:
         """
         table, tars = self.read_parts(shards)
         counts = Counter(table.column("status").to_pylist())
-        data = encode_table(table, {"run": info.fingerprint, "tars": [asdict(tar) for tar in tars]})
+        meta = {"run": info.fingerprint, "classes": fingerprint(info.classes), "tars": [asdict(tar) for tar in tars]}
+        data = encode_table(table, meta)
         self.store.write(MANIFEST, data)
         sealed = replace(
             info,
@@ -255,6 +261,9 @@ class RunDir:
         if meta.get("run") != info.fingerprint:
             differ = f"{meta.get('run')}, {info.fingerprint}"
             raise UserError(f"{self.store.where(MANIFEST)}: belongs to another run than {RUN} ({differ})")
+        if meta.get("classes") not in (None, fingerprint(info.classes)):  # None: sealed by an earlier version
+            why = "its class names are not those that were sealed"
+            raise UserError(f"{self.store.where(RUN)}: {why}; restore it or make the run anew")
         if table.num_rows != info.samples:
             raise UserError(
                 f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,10 @@ def problems(out: str) -> Iterator[str]:
         yield f"{run.store.where('manifest.parquet')}: its rows are not those of the part files"
     if tars != recorded:
         yield f"{run.store.where('manifest.parquet')}: its list of tars is not that of the part files"
+    counts = Counter(table.column("status").to_pylist())
+    if info.counts != dict(counts):
+        said, found_counts = count_statuses(info.counts or {}), count_statuses(counts)
+        yield f"{run.store.where(RUN)}: says {said}, the manifest holds {found_counts}"
     known = {tar.name for tar in tars}
     for stream in ("clean", "dad"):
         for name in run.store.names(stream):

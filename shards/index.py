@@ -26,7 +26,7 @@ from manifests.rundir import MANIFEST
 
 COLUMNS = ("shard", "label", "offset", "size", "crc32")
 UNUSED = 30 * 24 * 3600  # seconds; files that nobody read for so long are removed
-VERSION = 2  # of the files in the cache folder
+VERSION = 3  # of the files in the cache folder
 CRC = 4  # bytes of the checksum at the end of each file
 
 
@@ -52,7 +52,7 @@ def open_index(run: RunDir, info: RunInfo, stream: str) -> StreamIndex:
 
     Raises UserError for a run that is not sealed, or whose manifest is not the sealed one.
     """
-    name = fingerprint([info.manifest_sha256, info.fingerprint, info.samples, stream, VERSION])
+    name = fingerprint([info.manifest_sha256, info.fingerprint, info.classes, info.samples, stream, VERSION])
     table = kept_table(name, lambda: _index_table(run, info, stream))
     arrays = {column: table.column(column).chunk(0).to_numpy(zero_copy_only=True) for column in COLUMNS}
     tars = [TarRecord(**tar) for tar in json.loads(table.schema.metadata[b"tars"])]

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,7 @@ from manifests.rundir import part_name
 from pipeline.generate import make_shards
 from pipeline.job.models import Models
 from pipeline.verify import _infer, problems, reinfer, summary
-from shards import TarWriter, iterate_tar
+from shards import ShardDataset, TarWriter, iterate_tar
 from shards.codec import encode_array
 
 
@@ -168,6 +170,38 @@ def test_any_flipped_bit_of_a_part_file(run_copy: Path) -> None:
             again, record_again = RunDir(run_copy).part(0)
             assert again.equals(rows) and record_again == record, f"byte {at} of {len(whole)}"
         part.write_bytes(whole)
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "class names": (lambda run: run["classes"].reverse(), "its class names are not those that were sealed"),
+    "canvas": (lambda run: run["recipe"].update(canvas=64), "was edited (recipe.canvas is 64, identity says 32)"),
+    "eps": (lambda run: run["recipe"]["attack"].update(eps=9.0), "was edited (recipe.attack.eps is 9.0, identity says"),
+    "identity": (lambda run: run["identity"].update(seed=99), "was edited (recipe.seed is"),
+    "teacher": (lambda run: run["fingerprints"].update(teacher="0" * 16), "belongs to another run"),
+    "counts": (lambda run: run["counts"].update(verified=5000), "says 5,000 verified, "),
+    "samples": (lambda run: run.update(samples=5000), "holds 36 rows, run.json says 5000 samples"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_run_json_is_bound_to_the_shards(
+    run_copy: Path, edit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an edit invents, verify names it; but for the counts, so does whoever reads the shards."""
+    monkeypatch.setenv("DAD_CACHE", str(tmp_path / "cache"))
+    assert len(ShardDataset(str(run_copy), "dad"))  # the index of the true run is in the cache
+    change, told = EDITS[edit]
+    tree = json.loads((run_copy / "run.json").read_text())
+    change(tree)
+    (run_copy / "run.json").write_text(json.dumps(tree))
+    try:
+        lines = named(run_copy)
+    except UserError as error:
+        lines = [str(error)]
+    assert any(told in line for line in lines), lines
+    if edit != "counts":
+        with pytest.raises(UserError, match=re.escape(told)):
+            ShardDataset(str(run_copy), "dad")
 
 
 def test_an_edited_manifest(run_copy: Path) -> None:
