@@ -22,6 +22,7 @@ from typing_extensions import dataclass_transform
 
 from .errors import UserError, one_line
 from .locations import check_location
+from .plain_yaml import load_plain
 
 R = TypeVar("R")
 Positive = Annotated[int, pydantic.Field(ge=1)]
@@ -63,7 +64,7 @@ def load_recipe(
     """
     path = _find(name, folder)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = load_plain(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a plain YAML file: {one_line(error, 300)}") from error
     if not isinstance(tree, dict):
@@ -174,7 +175,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: {parent} is a value, it has no fields below it")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = load_plain(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
 

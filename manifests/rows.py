@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -43,6 +44,9 @@ SCHEMA = pa.schema(
     ]
 )
 _META = b"dad"
+
+
+TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +111,28 @@ def decode_table(
 
 
 def decode_tars(meta: Mapping[str, Any], where: str) -> list[TarRecord]:
-    """The tars' records in a sealed manifest's metadata. Raises UserError naming ``where`` and the field."""
+    """The tars' records in a file's metadata. Raises UserError naming ``where`` and the field, or an odd name."""
     try:
-        return pydantic.TypeAdapter(list[TarRecord]).validate_python(meta.get("tars"))
+        tars = pydantic.TypeAdapter(list[TarRecord]).validate_python(meta.get("tars"))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, ("tars", *first["loc"])))
         raise UserError(f"{where}: {field}: {first['msg'].lower()}; restore it or make the run anew") from error
+    if odd := [tar.name for tar in tars if not TAR_NAME.fullmatch(tar.name)]:
+        raise UserError(f"{where}: names {odd[0]!r}, which is no tar of a run directory")
+    return tars
 
 
 def decode_part(data: bytes, where: str, columns: Sequence[str] = tuple(SCHEMA.names)) -> tuple[pa.Table, PartRecord]:
+    """Decode a part file: its rows (all columns or some) and its record. Raises UserError naming ``where``."""
     table, meta = decode_table(data, where, columns)
+    tars = decode_tars(meta, where)
     try:
-        tars = tuple(TarRecord(**tar) for tar in meta["tars"])
-        record = PartRecord(**{**meta, "tars": tars})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: damaged, or not a part file of this project ({error})") from error
+        record = pydantic.TypeAdapter(PartRecord).validate_python({**meta, "tars": tars})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: not a part file of this project ({field}: {first['msg'].lower()})") from error
     if record.samples != table.num_rows:
         raise UserError(f"{where}: says {record.samples} samples and holds {table.num_rows}")
     return table, record

@@ -29,7 +29,6 @@ CARD = "README.md"
 GALLERY = "gallery.png"
 # everything a run directory may hold, besides run.json, which is written first
 CONTENTS = ("clean", "dad", "manifest", "work", MANIFEST, CARD, GALLERY)
-TAR_NAME = re.compile(r"(clean/clean|dad/dad)-[0-9]{6,}\.tar")
 PART_NAME = re.compile(r"part-([0-9]{6,})\.parquet")
 FORMAT = 1  # version of the run directory's layout; readers refuse others
 
@@ -268,10 +267,7 @@ class RunDir:
             raise UserError(
                 f"{self.store.where(MANIFEST)}: holds {table.num_rows} rows, {RUN} says {info.samples} samples"
             )
-        tars = decode_tars(meta, self.store.where(MANIFEST))
-        if odd := [tar.name for tar in tars if not TAR_NAME.fullmatch(tar.name)]:
-            raise UserError(f"{self.store.where(MANIFEST)}: names {odd[0]!r}, which is no tar of a run directory")
-        return table, tars
+        return table, decode_tars(meta, self.store.where(MANIFEST))
 
 
 def _encode_info(info: RunInfo) -> bytes:

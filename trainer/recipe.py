@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from manifests import Execution, Location, load_recipe, recipe_dataclass
+from manifests.plain_yaml import load_plain
 from manifests.recipe import Positive
 
 from .images.augmentation import Augmentation
@@ -115,7 +116,7 @@ def _switch_method(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     if not named or not isinstance(old, dict):
         return tree
     try:
-        new = str(yaml.safe_load(named[-1]))
+        new = str(load_plain(named[-1]))
     except yaml.YAMLError:
         return tree  # `apply_overrides` says what is wrong
     if new == old.get("name") or new not in BY_NAME:

@@ -21,6 +21,7 @@ from torch import nn
 from manifests import Location, RunInfo, UserError, find_file, load_weights, one_line, recipe_dataclass
 from manifests.files.weights import find_weights
 from manifests.notes import note
+from manifests.plain_yaml import load_plain
 from manifests.recipe import apply_overrides, make_recipe, nearest
 from manifests.rundir import RUN
 
@@ -76,7 +77,7 @@ def named_config(value: object) -> object:
         raise UserError(f"discretizer.config: no VQGAN is known as {value!r}{hint}")
     path = find_file(value, "discretizer.config")
     try:
-        params = yaml.safe_load(path.read_text())["model"]["params"]
+        params = load_plain(path.read_text())["model"]["params"]
         shape = {**params["ddconfig"], "embed_dim": params["embed_dim"], "n_embed": params["n_embed"]}
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(

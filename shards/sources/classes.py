@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from manifests import Store, UserError, find_file, one_line
+from manifests.plain_yaml import load_plain
 from manifests.recipe import fingerprint
 
 from .files import common_extension, expand, store_of
@@ -154,7 +155,7 @@ def _read(path: Path) -> dict[str, object]:
 
 def _parsed(text: bytes, path: Path | str) -> dict[str, object]:
     try:
-        tree = yaml.safe_load(text.decode())
+        tree = load_plain(text.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable YAML file: {one_line(error, 300)}") from error
     if not isinstance(tree, dict):

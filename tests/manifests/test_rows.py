@@ -62,6 +62,9 @@ def whole() -> pa.Table:
     return decode_table(encode_rows(ROWS, {}), "whole")[0]
 
 
+ODD = b'{"tars": [{"name": "clean/../../dev/zero", "size": 1, "sha256": "", "samples": 1}]}'  # which never ends
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -75,10 +78,12 @@ def whole() -> pa.Table:
         (parquet(whole().drop_columns(["label", "key"])), "columns missing: key, label"),
         (parquet(whole().set_column(2, "label", pa.array(["one", "two"]))), "part-7"),
         (parquet(whole().set_column(1, "shard", pa.array([2**40, 1]))), "part-7"),
-        (parquet(whole()), "not a part file"),
+        (parquet(whole()), "part-7: tars: input should be a valid list"),
         (parquet(whole(), b"[]"), "part-7"),
-        (parquet(whole(), b'{"tars": 3}'), "not a part file"),
-        (parquet(whole(), b'{"tars": [{"name": "x"}]}'), "not a part file"),
+        (parquet(whole(), b'{"tars": 3}'), "part-7: tars: input should be a valid list"),
+        (parquet(whole(), b'{"tars": [{"name": "x"}]}'), r"part-7: tars\.0\.size: field required"),
+        (parquet(whole(), b'{"tars": []}'), r"part-7: not a part file of this project \(shard: field required\)"),
+        (parquet(whole(), ODD), r"part-7: names 'clean/\.\./\.\./dev/zero', which is no tar of a run directory"),
         (encode_part(ROWS[:1], RECORD), "says 2 samples and holds 1"),
     ],
 )
