@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,18 @@ def strange(finished_run: Path, tmp_path: Path) -> Path:
     return path
 
 
-def rename(run: Path, part: str, **settings: Any) -> None:
-    tree = json.loads((run / "run.json").read_text())
-    tree["recipe"][part].update(settings)
-    (run / "run.json").write_text(json.dumps(tree))
+def rename(path: Path, part: str, **settings: Any) -> None:
+    """Name another model in a run, as its maker could: run.json, parts and manifest agree."""
+    run = RunDir(path)
+    old = run.info()
+    recipe = old.recipe | {part: old.recipe[part] | settings}
+    named = {f"{part}.{field}": value for field, value in settings.items() if f"{part}.{field}" in old.identity}
+    info = replace(old, recipe=recipe, identity=old.identity | named)
+    for shard in range(info.shards):
+        table, record = run.part(shard)
+        tars = {tar.name.partition("/")[0]: (run.store.read(tar.name), tar.samples) for tar in record.tars}
+        run.commit(shard, table.to_pylist(), tars, source=record.source, run=info.fingerprint)
+    run.seal(info, range(info.shards))
 
 
 @pytest.mark.parametrize(
