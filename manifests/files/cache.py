@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import Unwritable, UserError
@@ -20,12 +20,20 @@ def cache_folder(kind: str) -> Path:
     """
     folder = _base() / kind
     for place in (folder, folder.parent):
-        with suppress(OSError):
-            if place.stat().st_mode & stat.S_IWOTH:
-                raise UserError(
-                    f"{place}: everybody may write to this cache; chmod o-w it, or set DAD_CACHE to another"
-                )
+        if _open_to_all(place):
+            raise UserError(f"{place}: everybody may write to this cache; chmod o-w it, or set DAD_CACHE to another")
     return folder
+
+
+def _open_to_all(place: Path) -> bool:
+    """Whether everybody may change what a folder holds; of a sticky one, such as /tmp, only what others own there."""
+    try:
+        found = place.stat()
+        if not found.st_mode & stat.S_IWOTH:
+            return False
+        return not found.st_mode & stat.S_ISVTX or any(path.stat().st_uid != os.getuid() for path in place.iterdir())
+    except OSError:
+        return False
 
 
 def _base() -> Path:
